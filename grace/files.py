@@ -1,0 +1,80 @@
+"""Writing so that a crash leaves either the old file or the new one, never half of either."""
+
+import contextlib
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from grace.errors import UserError
+
+
+def sha256_of(path: Path) -> str:
+    """Hex SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Forces a file's bytes, or a directory's entries, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces `path` with `text` in one step: temporary name, fsync, rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.tmp-", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
+    sync(path.parent)
+
+
+def require_free(path: Path, flag: str = "--out") -> None:
+    """Raises `UserError` when `path` already holds something that would be overwritten."""
+    if path.is_file() or (path.is_dir() and any(path.iterdir())):
+        raise UserError(f"{path} already exists and is not empty: choose another {flag} or remove it")
+
+
+@contextlib.contextmanager
+def new_directory(path: Path, flag: str = "--out") -> Iterator[Path]:
+    """Yields a temporary sibling of `path`; on success it is synced and renamed to `path`.
+
+    On any failure the temporary directory is removed and `path` is as it was.
+
+    Raises:
+        UserError: `path` already holds files, or its parent cannot be written to.
+    """
+    require_free(path, flag)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.tmp-", dir=path.parent))
+    except OSError as error:
+        raise UserError(f"cannot write to {path.parent} ({error.strerror}): choose another {flag}") from error
+    try:
+        yield scratch
+        for folder, _, names in os.walk(scratch, topdown=False):
+            for name in names:
+                sync(Path(folder) / name)
+            sync(Path(folder))
+        os.chmod(scratch, 0o755)
+        if path.is_dir():
+            path.rmdir()
+        os.rename(scratch, path)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+    sync(path.parent)
