@@ -4,13 +4,40 @@ The user's mistake is a `UserError`: one line on stderr, exit code 2. Anything e
 mistake: the trace is shown and the exit code is 1.
 """
 
+import argparse
 import sys
 import traceback
 from collections.abc import Callable
+from typing import Any, NoReturn
 
 
 class UserError(Exception):
     """The user's input is wrong. The message is one line: what is wrong and how to mend it."""
+
+
+class Parser(argparse.ArgumentParser):
+    """A command-line parser whose errors are one line on stderr, with exit code 2.
+
+    Args:
+        rest: name of a positional with `nargs="*"` that also takes what stands after an option
+            (`RECIPE --dry-run key=value`), which argparse by itself calls unrecognized.
+    """
+
+    def __init__(self, *args: Any, rest: str | None = None, **kwargs: Any):
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+        self.rest = rest
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        found, extras = super().parse_known_args(args, namespace)
+        if self.rest and not any(extra.startswith("-") for extra in extras):
+            setattr(found, self.rest, [*getattr(found, self.rest), *extras])
+            extras = []
+        if extras:  # here and not in `parse_args`, so that the message names the sub-command
+            self.error(f"unrecognized arguments: {' '.join(extras)}")
+        return found, extras
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {' '.join(message.split())} (see `{self.prog} --help`)\n")
 
 
 def run_command(command: Callable[[], int | None]) -> int:

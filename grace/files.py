@@ -68,6 +68,7 @@ def new_directory(path: Path, flag: str = "--out") -> Iterator[Path]:
         yield scratch
         for folder, _, names in os.walk(scratch, topdown=False):
             for name in names:
+                os.chmod(Path(folder) / name, 0o644)  # some libraries write for the owner alone
                 sync(Path(folder) / name)
             sync(Path(folder))
         os.chmod(scratch, 0o755)

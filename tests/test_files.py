@@ -1,0 +1,92 @@
+"""A file or directory is there whole, or as it was before."""
+
+import hashlib
+import os
+from pathlib import Path
+
+import pytest
+
+from grace.errors import UserError
+from grace.files import new_directory, require_free, sha256_of, write_text
+
+
+def test_text_replaces_what_was_there(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "notes.txt"
+    write_text(path, "one")
+    write_text(path, "zwei, naïve\n")
+    assert path.read_text(encoding="utf-8") == "zwei, naïve\n"
+    assert os.listdir(path.parent) == ["notes.txt"]
+    assert path.stat().st_mode & 0o777 == 0o644
+
+
+@pytest.mark.parametrize("at", ["fsync", "chmod", "replace"])
+def test_text_that_cannot_be_written_leaves_the_old(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    path = tmp_path / "notes.txt"
+    write_text(path, "old")
+
+    def fail(*_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, at, fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_text(path, "new")
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["notes.txt"]
+
+
+def test_directory_appears_only_when_complete(tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "model"
+    with new_directory(out) as scratch:
+        (scratch / "sub").mkdir()
+        (scratch / "sub" / "weights").write_text("1")
+        assert scratch.parent == out.parent and not out.exists()
+    assert (out / "sub" / "weights").read_text() == "1"
+    assert os.listdir(out.parent) == ["model"]
+    assert out.stat().st_mode & 0o777 == 0o755
+
+
+def test_directory_of_a_failed_writer_disappears(tmp_path: Path) -> None:
+    out = tmp_path / "model"
+    out.mkdir()
+
+    def interrupted() -> None:
+        with new_directory(out) as scratch:
+            (scratch / "half").write_text("1")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert os.listdir(tmp_path) == ["model"] and os.listdir(out) == []
+
+
+def test_empty_directory_may_be_taken(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    with new_directory(tmp_path / "model") as scratch:
+        (scratch / "weights").write_text("1")
+    assert (tmp_path / "model" / "weights").exists()
+
+
+@pytest.mark.parametrize("kind", ["file", "directory"])
+def test_what_is_there_is_never_overwritten(tmp_path: Path, kind: str) -> None:
+    out = tmp_path / "model"
+    kept = out / "mine" if kind == "directory" else out
+    kept.parent.mkdir(exist_ok=True)
+    kept.write_text("mine")
+    with pytest.raises(UserError, match="choose another --format-dir or remove it"):
+        require_free(out, "--format-dir")
+    with pytest.raises(UserError, match="already exists"), new_directory(out):
+        pass
+    assert kept.read_text() == "mine" and os.listdir(tmp_path) == ["model"]
+
+
+def test_parent_that_cannot_be_written_is_the_users_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="choose another --out"), new_directory(tmp_path / "file" / "model"):
+        pass
+
+
+@pytest.mark.parametrize("content", [b"", b"abc", bytes(range(256)) * 5000])
+def test_sha256(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "data").write_bytes(content)
+    assert sha256_of(tmp_path / "data") == hashlib.sha256(content).hexdigest()
