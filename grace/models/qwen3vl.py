@@ -1,0 +1,273 @@
+"""Qwen3-VL as GRACE sees it: the only file that names a Hugging Face module path.
+
+Everything else asks this file where the decoder linears, the head, the visual tokens and the
+penultimate hidden states are.
+
+Shape suffixes: B batch, L sequence, D hidden width, V vocabulary.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AutoConfig, Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+from grace.errors import UserError
+from grace.quant.fake_quant import QuantLinear
+
+DECODER_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+IMAGE_TOKEN_TYPE = 1  # value of mm_token_type_ids at image tokens
+
+# Shapes of the published models (their config.json on the Hub), so that a plan can be printed
+# with nothing downloaded. Only what differs between sizes is listed.
+_PUBLISHED_SHAPES: dict[str, dict[str, Any]] = {
+    "Qwen/Qwen3-VL-2B-Instruct": {
+        "text": {
+            "hidden_size": 2048,
+            "intermediate_size": 6144,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 16,
+        },
+        "vision": {
+            "depth": 24,
+            "hidden_size": 1024,
+            "intermediate_size": 4096,
+            "deepstack_visual_indexes": [5, 11, 17],
+        },
+        "tied": True,
+    },
+    "Qwen/Qwen3-VL-4B-Instruct": {
+        "text": {
+            "hidden_size": 2560,
+            "intermediate_size": 9728,
+            "num_hidden_layers": 36,
+            "num_attention_heads": 32,
+        },
+        "vision": {
+            "depth": 24,
+            "hidden_size": 1024,
+            "intermediate_size": 4096,
+            "deepstack_visual_indexes": [5, 11, 17],
+        },
+        "tied": True,
+    },
+    "Qwen/Qwen3-VL-8B-Instruct": {
+        "text": {
+            "hidden_size": 4096,
+            "intermediate_size": 12288,
+            "num_hidden_layers": 36,
+            "num_attention_heads": 32,
+        },
+        "vision": {
+            "depth": 27,
+            "hidden_size": 1152,
+            "intermediate_size": 4304,
+            "deepstack_visual_indexes": [8, 16, 24],
+        },
+        "tied": False,
+    },
+}
+
+
+class ModelInputs(Protocol):
+    """What a forward pass needs; `grace.data.batch.Batch` has it."""
+
+    @property
+    def input_ids_BL(self) -> Tensor: ...
+    @property
+    def attention_mask_BL(self) -> Tensor: ...
+    @property
+    def mm_token_type_ids_BL(self) -> Tensor: ...
+    @property
+    def pixel_values_PD(self) -> Tensor | None: ...
+    @property
+    def image_grid_thw_N3(self) -> Tensor | None: ...
+
+
+@dataclass(frozen=True)
+class HiddenStates:
+    """What GRACE needs from one forward pass, for teacher and student alike.
+
+    Attributes:
+        final_BLD: after the last decoder layer and the final norm; the head's input.
+        last_layer_input_BLD: input of the last decoder layer, deepstack additions included;
+            the relational loss looks at its visual tokens.
+    """
+
+    final_BLD: Tensor
+    last_layer_input_BLD: Tensor
+
+
+def config_for(path: str) -> Qwen3VLConfig:
+    """Configuration of a local model directory, or of a published model by name, offline.
+
+    Raises:
+        UserError: neither a directory with a Qwen3-VL config.json nor a known name.
+    """
+    if (Path(path) / "config.json").is_file():
+        try:
+            config = AutoConfig.from_pretrained(path)
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{path}/config.json cannot be read ({error}): give a Qwen3-VL directory"
+            ) from error
+        if not isinstance(config, Qwen3VLConfig):
+            raise UserError(f"{path} holds a {config.model_type} model: GRACE trains Qwen3-VL")
+        return config
+    if path not in _PUBLISHED_SHAPES:
+        known = ", ".join(_PUBLISHED_SHAPES)
+        raise UserError(f"no model at {path}: give a directory with config.json, or one of {known}")
+    shape = _PUBLISHED_SHAPES[path]
+    text = {
+        "vocab_size": 151936,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "max_position_embeddings": 262144,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 5_000_000,
+            "mrope_section": [24, 20, 20],
+            "mrope_interleaved": True,
+        },
+        **shape["text"],
+    }
+    vision = {"num_heads": 16, "out_hidden_size": shape["text"]["hidden_size"], **shape["vision"]}
+    return Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=shape["tied"])
+
+
+def skeleton(config: Qwen3VLConfig) -> Qwen3VLForConditionalGeneration:
+    """The model on the meta device: all shapes, no memory."""
+    with torch.device("meta"):
+        model = Qwen3VLForConditionalGeneration(config)
+    model.tie_weights()
+    return model
+
+
+def load_model(
+    path: str, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+) -> Qwen3VLForConditionalGeneration:
+    """Loads a plain or QAT checkpoint as an ordinary model, in evaluation mode.
+
+    Raises:
+        UserError: no model there, or one that cannot be read.
+    """
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
+    try:
+        model = Qwen3VLForConditionalGeneration.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"cannot load a Qwen3-VL model from {path} ({reason}): check student.path / teacher.path"
+        ) from error
+    nn.Module.to(model, device)  # in place; the class's own `to` hides its types
+    return model.eval()
+
+
+def decoder_linears(model: nn.Module) -> dict[str, nn.Linear]:
+    """The linears that GRACE quantizes, by their full names in the checkpoint."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        and name.startswith("model.language_model.layers.")
+        and name.rsplit(".", 1)[-1] in DECODER_LINEARS
+    }
+
+
+def quantize_decoder(model: nn.Module, bits: int, group_size: int) -> dict[str, QuantLinear]:
+    """Replaces every decoder linear by a `QuantLinear` in place and returns them by name.
+
+    Raises:
+        UserError: a layer's input width is not a multiple of `group_size`.
+    """
+    quantized = {}
+    for name, linear in decoder_linears(model).items():
+        try:
+            quantized[name] = QuantLinear.from_linear(linear, bits, group_size, name)
+        except ValueError as error:
+            raise UserError(f"{error}: choose a quant.group_size that divides it") from error
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, quantized[name])
+    return quantized
+
+
+def quantized_linears(model: nn.Module) -> dict[str, QuantLinear]:
+    """The `QuantLinear` layers of a model by full name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+
+
+def freeze_vision(model: Qwen3VLForConditionalGeneration) -> None:
+    """Freezes the vision tower; its mergers stay trainable (they are the bridge to the decoder)."""
+    for name, parameter in model.model.visual.named_parameters():
+        parameter.requires_grad_(is_merger(name))
+
+
+def is_merger(name: str) -> bool:
+    """Whether a parameter name belongs to the patch merger or a deepstack merger."""
+    return "merger" in name
+
+
+def is_vision(name: str) -> bool:
+    """Whether a full parameter name belongs to the vision tower (mergers included)."""
+    return name.startswith("model.visual.")
+
+
+def head_weight(model: Qwen3VLForConditionalGeneration) -> Tensor:
+    """Output embedding [V, D]; tied models share it with the input embedding."""
+    return model.lm_head.weight
+
+
+def enable_checkpointing(model: Qwen3VLForConditionalGeneration) -> None:
+    """Recomputes decoder and vision activations in the backward pass."""
+    model.config.use_cache = False
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    model.train()  # the library recomputes only in training mode; there is no dropout to wake
+
+
+def hidden_states(model: Qwen3VLForConditionalGeneration, batch: ModelInputs) -> HiddenStates:
+    """One forward pass without logits.
+
+    The last layer's *input* is taken with one hook for teacher and student: the library's own
+    `hidden_states[-2]` misses the deepstack addition in shallow models.
+    """
+    captured: list[Tensor] = []
+
+    def keep_input(_module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
+        captured.append(args[0] if args else kwargs["hidden_states"])
+
+    last_layer = model.model.language_model.layers[-1]
+    handle = last_layer.register_forward_pre_hook(keep_input, with_kwargs=True)
+    try:
+        outputs = model.model(
+            input_ids=batch.input_ids_BL,
+            attention_mask=batch.attention_mask_BL,
+            mm_token_type_ids=batch.mm_token_type_ids_BL,
+            pixel_values=batch.pixel_values_PD,
+            image_grid_thw=batch.image_grid_thw_N3,
+            use_cache=False,
+        )
+    finally:
+        handle.remove()
+    return HiddenStates(outputs.last_hidden_state, captured[0])
+
+
+def image_token_counts(model: Qwen3VLForConditionalGeneration, image_grid_thw_N3: Tensor | None) -> list[int]:
+    """Number of decoder tokens of each image, in the order of their appearance."""
+    if image_grid_thw_N3 is None:
+        return []
+    vision: Any = model.config.vision_config
+    merge = vision.spatial_merge_size
+    return (image_grid_thw_N3.prod(-1) // merge**2).tolist()
+
+
+def visual_tokens(
+    model: Qwen3VLForConditionalGeneration, hidden_BLD: Tensor, batch: ModelInputs
+) -> tuple[Tensor, ...]:
+    """Hidden states at image tokens, one tensor [n_i, D] per image."""
+    visual = hidden_BLD[batch.mm_token_type_ids_BL == IMAGE_TOKEN_TYPE]
+    return torch.split(visual, image_token_counts(model, batch.image_grid_thw_N3))
