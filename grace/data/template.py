@@ -1,0 +1,180 @@
+"""Conversations as token ids, with labels that come from the conversation's structure.
+
+Ids are assembled piece by piece: structural tokens by id, everybody's text through the tokenizer
+with special tokens split into plain bytes. So text that *looks* like structure (`<|im_end|>`,
+`<|im_start|>assistant`, `<|image_pad|>`) stays text: it can neither end a turn nor become a label.
+On ordinary text the ids equal those of `processor.apply_chat_template`.
+
+Shape suffixes: L sequence, P image patches, D numbers per patch, N images, 3 (time, height, width).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from grace.data.records import IMAGE_MARK, Record, Turn, check_marks, open_image
+from grace.errors import UserError
+
+# Qwen's chat format; `{% generation %}` encloses exactly what `encode` supervises.
+CHAT_TEMPLATE = Path(__file__).with_name("chat_template.jinja").read_text(encoding="utf-8")
+
+IGNORED = -100  # label of every position that is not supervised
+IMAGE_TOKEN_TYPE = 1  # value of mm_token_type_ids at image tokens
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One encoded conversation.
+
+    Attributes:
+        input_ids_L: int64 token ids.
+        labels_L: int64; labels[i] is input_ids[i] where supervised, else -100 (no shift).
+        mm_token_type_ids_L: int64; 1 at image tokens, else 0.
+        pixel_values_PD: float32 patches of all pictures, or None without pictures.
+        image_grid_thw_N3: int64 patch grid of each picture, or None without pictures.
+        record_id: where it came from.
+    """
+
+    input_ids_L: Tensor
+    labels_L: Tensor
+    mm_token_type_ids_L: Tensor
+    pixel_values_PD: Tensor | None
+    image_grid_thw_N3: Tensor | None
+    record_id: str
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A stretch of the sequence: text to tokenise, or ids that are already known."""
+
+    text: str = ""
+    ids: tuple[int, ...] = ()
+    supervised: bool = False
+
+
+def encode(record: Record, processor: Any, max_length: int) -> Sample:
+    """Encodes a record for training; nothing is ever cut off.
+
+    Assistant texts and the `<|im_end|>` after each are the labels.
+
+    Raises:
+        UserError: longer than `max_length`, or a picture that cannot be used; names the record.
+    """
+    images = [open_image(path, record.id) for path in record.images]
+    sample = _encode(record.turns, images, processor, record.id, prompt=False)
+    length = len(sample.input_ids_L)
+    if length > max_length:
+        raise UserError(
+            f"record {record.id} has {length} tokens, more than data.max_length={max_length}: "
+            "raise it, lower data.max_pixels, or drop the record"
+        )
+    return sample
+
+
+def encode_prompt(turns: Sequence[Turn], images: Sequence[Image.Image], processor: Any) -> Sample:
+    """Encodes a conversation up to where the assistant must answer; no labels (all -100).
+
+    Raises:
+        UserError: `<image>` marks and pictures do not match.
+    """
+    if fault := check_marks(tuple(turns), len(images)):
+        raise UserError(f"the prompt has {fault}: write one {IMAGE_MARK} for each image")
+    return _encode(turns, images, processor, "prompt", prompt=True)
+
+
+def _encode(
+    turns: Sequence[Turn], images: Sequence[Image.Image], processor: Any, record_id: str, prompt: bool
+) -> Sample:
+    pixel_values_PD, image_grid_thw_N3 = _pixels(images, processor, record_id)
+    merge = processor.image_processor.merge_size**2
+    counts = [] if image_grid_thw_N3 is None else (image_grid_thw_N3.prod(-1) // merge).tolist()
+    pieces = _pieces(turns, counts, processor, prompt)
+    texts = [piece.text for piece in pieces if piece.text]
+    # One call for the whole conversation: the tokenizer's overhead is per call.
+    text_ids = iter(
+        processor.tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    )
+    ids: list[int] = []
+    labels: list[int] = []
+    for piece in pieces:
+        piece_ids = next(text_ids) if piece.text else piece.ids
+        ids.extend(piece_ids)
+        labels.extend(piece_ids if piece.supervised and not prompt else [IGNORED] * len(piece_ids))
+    input_ids_L = torch.tensor(ids)
+    return Sample(
+        input_ids_L,
+        torch.tensor(labels),
+        (input_ids_L == processor.image_token_id).long() * IMAGE_TOKEN_TYPE,
+        pixel_values_PD,
+        image_grid_thw_N3,
+        record_id,
+    )
+
+
+def _pixels(
+    images: Sequence[Image.Image], processor: Any, record_id: str
+) -> tuple[Tensor | None, Tensor | None]:
+    if not images:
+        return None, None
+    image_processor = processor.image_processor
+    # Resizing a picture to its own size costs a third of the call: leave it out where nothing would change.
+    resize = image_processor.do_resize and not all(_fits(image, image_processor) for image in images)
+    try:
+        pixels = image_processor(images=list(images), do_resize=resize, return_tensors="pt")
+    except ValueError as error:  # extreme aspect ratios
+        raise UserError(
+            f"record {record_id}: an image cannot be used ({error}): replace it or drop the record"
+        ) from error
+    return pixels["pixel_values"], pixels["image_grid_thw"]
+
+
+def _fits(image: Image.Image, image_processor: Any) -> bool:
+    """Whether the image processor would keep the picture's size."""
+    tile = image_processor.patch_size * image_processor.merge_size
+    smallest, largest = image_processor.size["shortest_edge"], image_processor.size["longest_edge"]
+    whole_tiles = image.width % tile == 0 and image.height % tile == 0
+    return whole_tiles and smallest <= image.width * image.height <= largest
+
+
+def _pieces(turns: Sequence[Turn], image_tokens: Sequence[int], processor: Any, prompt: bool) -> list[_Piece]:
+    """The conversation as pieces, in order; `image_tokens` counts the tokens of each picture."""
+    start, end = processor.tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+    counts = iter(image_tokens)
+    pieces: list[_Piece] = []
+    for turn in turns:
+        pieces.append(_Piece(ids=(start,)))
+        if turn.role == "assistant":
+            # Apart from its header, so that the answer's ids are those generation produces after "assistant\n".
+            pieces.append(_Piece("assistant\n"))
+            pieces.append(_Piece(turn.text, supervised=True))
+            pieces.append(_Piece(ids=(end,), supervised=True))
+        else:
+            marked = turn.role == "user"
+            first, *rest = _split_at_images(turn.text) if marked else [turn.text]
+            pieces.append(_Piece(f"{turn.role}\n{first}"))
+            for text in rest:
+                pads = (processor.image_token_id,) * next(counts)
+                pieces.append(
+                    _Piece(ids=(processor.vision_start_token_id, *pads, processor.vision_end_token_id))
+                )
+                pieces.append(_Piece(text))
+            pieces.append(_Piece(ids=(end,)))
+        pieces.append(_Piece("\n"))
+    if prompt:
+        pieces += [_Piece(ids=(start,)), _Piece("assistant\n")]
+    return pieces
+
+
+def _split_at_images(text: str) -> list[str]:
+    """The texts around the `<image>` marks, without the one newline that joins a mark to its text."""
+    parts = text.split(IMAGE_MARK)
+    last = len(parts) - 1
+    return [
+        part.removeprefix("\n" if index > 0 else "").removesuffix("\n" if index < last else "")
+        for index, part in enumerate(parts)
+    ]
