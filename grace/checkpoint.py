@@ -1,0 +1,276 @@
+"""What a run leaves on disk: resume checkpoints, and the model it ends with.
+
+A *resume checkpoint* `checkpoints/step-000100/` holds the trainable parameters, the optimizer
+state and a small JSON state, with the SHA-256 of each tensor file. A *model directory* is a plain
+Hugging Face directory; a quantized run adds the folder `grace_qat/` with integer codes, scales and
+fp32 latents (DESIGN section 6). Both are written under a temporary name and renamed: a kill
+leaves the previous state.
+
+Shape suffixes: O output features, I input features, G groups along the input.
+"""
+
+import json
+import shutil
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from grace.errors import UserError
+from grace.files import new_directory, sha256_of
+
+QAT_FOLDER = "grace_qat"
+QAT_TENSORS = "state.safetensors"  # inside QAT_FOLDER
+FORMAT_VERSION = 1
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError)
+
+# Files of a Hugging Face directory that travel unchanged from the base model to every output.
+VERBATIM_FILES = (
+    "generation_config.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """One quantized linear: what is deployed (codes, scales) and what is trained (latent, theta)."""
+
+    codes_OI: Tensor  # int8
+    scales_OG: Tensor  # bfloat16
+    latent_OI: Tensor | None = None  # float32
+    theta_OG: Tensor | None = None  # float32, log of the unsnapped scale
+
+
+@dataclass(frozen=True)
+class QatState:
+    """The contents of `grace_qat/`."""
+
+    bits: int
+    group_size: int
+    modules: Mapping[str, QuantizedWeight]
+    info: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A resume checkpoint read back: tensors by file stem, and the JSON state."""
+
+    step: int
+    tensors: dict[str, dict[str, Tensor]]
+    state: dict[str, Any]
+
+
+# ---------------------------------------------------------------- resume checkpoints
+
+
+def save_checkpoint(
+    run_dir: Path,
+    step: int,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    state: Mapping[str, Any],
+    keep_last: int,
+) -> Path:
+    """Writes `checkpoints/step-NNNNNN`, then removes all but the newest `keep_last`.
+
+    Args:
+        tensors: one safetensors file per key.
+        state: JSON-able values.
+    """
+    target = run_dir / "checkpoints" / f"step-{step:06d}"
+    if target.exists():  # a damaged one that resume passed over: this step is being done again
+        shutil.rmtree(target)
+    with new_directory(target) as scratch:
+        digests = {}
+        for stem, group in tensors.items():
+            file = scratch / f"{stem}.safetensors"
+            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in group.items()}, file)
+            digests[file.name] = sha256_of(file)
+        record = {"format_version": FORMAT_VERSION, "step": step, "sha256": digests, "state": dict(state)}
+        (scratch / "state.json").write_text(json.dumps(record, indent=1))
+    for old in checkpoint_paths(run_dir)[:-keep_last]:
+        shutil.rmtree(old)
+    return target
+
+
+def checkpoint_paths(run_dir: Path) -> list[Path]:
+    """Complete checkpoint directories of a run, oldest first."""
+    return sorted((run_dir / "checkpoints").glob("step-[0-9]*"))
+
+
+def load_newest_checkpoint(run_dir: Path) -> Checkpoint | None:
+    """The newest undamaged checkpoint; damaged ones are named on stderr and passed over.
+
+    Raises:
+        UserError: there are checkpoints and every one is damaged.
+    """
+    paths = checkpoint_paths(run_dir)
+    for path in reversed(paths):
+        try:
+            return _read_checkpoint(path)
+        except _UNREADABLE as error:
+            print(f"checkpoint {path} is damaged ({error}); trying the one before it", file=sys.stderr)
+    if paths:
+        raise UserError(
+            f"every checkpoint in {run_dir / 'checkpoints'} is damaged: remove the folder to start over"
+        )
+    return None
+
+
+def _read_checkpoint(path: Path) -> Checkpoint:
+    record = json.loads((path / "state.json").read_text())
+    tensors = {}
+    for name, digest in record["sha256"].items():
+        if sha256_of(path / name) != digest:
+            raise ValueError(f"{name} does not match its checksum")
+        tensors[Path(name).stem] = load_file(path / name)
+    return Checkpoint(record["step"], tensors, record["state"])
+
+
+# ---------------------------------------------------------------- model directories
+
+
+def save_model(
+    out: Path,
+    state: Mapping[str, Tensor],
+    config: Any,
+    base_dir: Path,
+    qat: QatState | None = None,
+) -> None:
+    """Writes a Hugging Face model directory, with `grace_qat/` when `qat` is given.
+
+    Args:
+        state: the tensors under their Hugging Face names; quantized weights as W_hat.
+        config: the model's `PretrainedConfig`, its dtype already set to that of `state`.
+        base_dir: where tokenizer, processor and generation files are copied from, byte for byte.
+    """
+    with new_directory(out, flag="run.output_dir") as scratch:
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+        save_file(tensors, scratch / "model.safetensors", metadata={"format": "pt"})
+        config.save_pretrained(scratch)
+        copy_verbatim_files(base_dir, scratch)
+        if qat is not None:
+            _write_qat(scratch / QAT_FOLDER, qat)
+
+
+def copy_verbatim_files(source: Path, target: Path) -> None:
+    """Copies the tokenizer, processor, template and generation files that `source` has."""
+    for name in VERBATIM_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+
+
+def _write_qat(folder: Path, qat: QatState) -> None:
+    folder.mkdir()
+    tensors: dict[str, Tensor] = {}
+    for name, weight in qat.modules.items():
+        tensors[f"{name}.codes"] = weight.codes_OI.contiguous()
+        tensors[f"{name}.scales"] = weight.scales_OG.contiguous()
+        if weight.latent_OI is not None and weight.theta_OG is not None:
+            tensors[f"{name}.latent"] = weight.latent_OI.detach().cpu().contiguous()
+            tensors[f"{name}.theta"] = weight.theta_OG.detach().cpu().contiguous()
+    save_file(tensors, folder / QAT_TENSORS)
+    info = {
+        **qat.info,
+        "format_version": FORMAT_VERSION,
+        "bits": qat.bits,
+        "group_size": qat.group_size,
+        "modules": sorted(qat.modules),
+        "state_sha256": sha256_of(folder / QAT_TENSORS),
+    }
+    (folder / "info.json").write_text(json.dumps(info, indent=1))
+
+
+def is_qat(directory: Path) -> bool:
+    """Whether a model directory carries quantized training state."""
+    return (directory / QAT_FOLDER).is_dir()
+
+
+def read_qat(directory: Path, latents: bool = False) -> QatState:
+    """Reads `grace_qat/` back, checked against its checksum and its own shapes.
+
+    Args:
+        latents: also read the fp32 latents and theta, for further training.
+
+    Raises:
+        UserError: missing, damaged or inconsistent state.
+    """
+    folder = directory / QAT_FOLDER
+    info = read_qat_info(directory)
+    bits, group_size = info["bits"], info["group_size"]
+    try:
+        with safe_open(folder / QAT_TENSORS, framework="pt") as file:
+            modules = {
+                name: read_weight(file.get_tensor, name, bits, group_size, latents)
+                for name in info["modules"]
+            }
+    except _UNREADABLE as error:
+        raise _damaged(folder, error) from error
+    return QatState(bits, group_size, modules, info)
+
+
+def read_qat_info(directory: Path) -> dict[str, Any]:
+    """The contents of `grace_qat/info.json`, after the tensor file has been checked against its checksum.
+
+    Raises:
+        UserError: missing or damaged state.
+    """
+    folder = directory / QAT_FOLDER
+    try:
+        info = json.loads((folder / "info.json").read_text())
+        info["bits"], info["group_size"] = int(info["bits"]), int(info["group_size"])
+        if not isinstance(info["modules"], list) or info["group_size"] < 1 or not 2 <= info["bits"] <= 8:
+            raise ValueError("info.json holds impossible values")
+        if sha256_of(folder / QAT_TENSORS) != info["state_sha256"]:
+            raise ValueError(f"{QAT_TENSORS} does not match its checksum")
+    except _UNREADABLE as error:
+        raise _damaged(folder, error) from error
+    return info
+
+
+def _damaged(folder: Path, error: Exception) -> UserError:
+    return UserError(f"{folder} is missing or damaged ({error}): export again or retrain")
+
+
+def read_weight(
+    tensor: Callable[[str], Tensor], name: str, bits: int, group_size: int, latents: bool = False
+) -> QuantizedWeight:
+    """One quantized linear out of `grace_qat/`, checked.
+
+    Args:
+        tensor: gives the tensor of a name.
+
+    Raises:
+        ValueError: types, shapes or values that training cannot have written.
+    """
+    codes, scales = tensor(f"{name}.codes"), tensor(f"{name}.scales")
+    if codes.dtype != torch.int8 or scales.dtype != torch.bfloat16:
+        raise ValueError(f"{name}: codes must be int8 and scales bfloat16")
+    if codes.ndim != 2 or scales.ndim != 2 or codes.shape != (scales.shape[0], scales.shape[1] * group_size):
+        raise ValueError(f"{name}: codes {tuple(codes.shape)} and scales {tuple(scales.shape)} do not fit")
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    if codes.numel() and (codes.min() < low or codes.max() > high):
+        raise ValueError(f"{name}: codes outside [{low}, {high}]")
+    if not bool(torch.isfinite(scales).all()) or bool((scales <= 0).any()):
+        raise ValueError(f"{name}: scales must be finite and positive")
+    if not latents:
+        return QuantizedWeight(codes, scales)
+    latent, theta = tensor(f"{name}.latent"), tensor(f"{name}.theta")
+    if (latent.shape, theta.shape) != (codes.shape, scales.shape):
+        raise ValueError(f"{name}: latent {tuple(latent.shape)} and theta {tuple(theta.shape)} do not fit")
+    return QuantizedWeight(codes, scales, latent, theta)

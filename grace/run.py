@@ -1,0 +1,297 @@
+"""The state of one training run: how it is set up, saved, resumed and finished.
+
+`grace.train` drives it; this file knows what a run consists of and where it lives on disk.
+"""
+
+import contextlib
+import copy
+import fcntl
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
+from torch import Tensor
+
+from grace import checkpoint
+from grace.config import Recipe, load_recipe, recipe_diff, recipe_hash, to_yaml
+from grace.distill.controller import IBController
+from grace.errors import UserError
+from grace.files import write_text
+from grace.models import qwen3vl
+from grace.models.processor import load_processor
+from grace.quant.grid import dequantize
+from grace.step import Objective, StudentWithLoss
+from grace.tracking import Tracker
+
+# Settings that may differ between the two halves of an interrupted run: they do not touch its numbers.
+RESUME_MAY_CHANGE = (
+    "run.log_every",
+    "run.save_every",
+    "run.keep_last",
+    "run.wandb",
+    "run.wandb_project",
+    "data.num_workers",
+)
+
+
+@dataclass
+class Run:
+    """Everything a step needs; `step` is the number of optimizer steps done."""
+
+    recipe: Recipe
+    accelerator: Accelerator
+    model: qwen3vl.Qwen3VLForConditionalGeneration
+    student: torch.nn.Module  # the model with its loss, wrapped for the processes in use
+    teacher: qwen3vl.Qwen3VLForConditionalGeneration | None
+    optimizer: torch.optim.AdamW
+    controller: IBController
+    objective: Objective
+    total_steps: int
+    base_config: Any
+    step: int = 0
+    validation: dict[str, float] | None = None
+
+
+def make_accelerator(recipe: Recipe) -> Accelerator:
+    """The Accelerator for this launch; refuses modes that this version would get wrong."""
+    unused_ok = DistributedDataParallelKwargs(
+        find_unused_parameters=True
+    )  # text-only micro-batches skip the mergers
+    accelerator = Accelerator(
+        mixed_precision="bf16" if recipe.run.precision == "bf16" else "no", kwargs_handlers=[unused_ok]
+    )
+    supported = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
+    if accelerator.distributed_type not in supported:
+        raise UserError(
+            f"{accelerator.distributed_type} is not supported yet: launch with recipes/accelerate/single.yaml or ddp.yaml"
+        )
+    return accelerator
+
+
+def set_up(recipe: Recipe, accelerator: Accelerator, tokenizer: Any, steps: int) -> Run:
+    """Loads the models, puts the quantizer in, builds optimizer and controller."""
+    device, options = accelerator.device, recipe.distill
+    model = qwen3vl.load_model(recipe.student.path, torch.float32, device)
+    base_config = copy.deepcopy(model.config)
+    if not recipe.student.train_vision:
+        qwen3vl.freeze_vision(model)
+    if recipe.quant.bits is not None:
+        put_quantizer(model, recipe)
+    if recipe.run.gradient_checkpointing:
+        qwen3vl.enable_checkpointing(model)
+    teacher, vocabulary = None, qwen3vl.head_weight(model).shape[0]
+    if options.loss != "none" or options.rcka_weight > 0:
+        assert recipe.teacher.path is not None  # the recipe was validated
+        require_same_tokenizer(tokenizer, recipe.teacher.path)
+        teacher = qwen3vl.load_model(
+            recipe.teacher.path, getattr(torch, recipe.teacher.dtype), device
+        ).requires_grad_(False)
+        vocabulary = min(vocabulary, qwen3vl.head_weight(teacher).shape[0])
+    objective = Objective(
+        options.loss, options.temperature, options.tckd_weight, options.nckd_weight, vocabulary
+    )
+    controller = IBController(
+        options.tau, options.eta, options.beta_init, options.beta_min, options.beta_max,
+        ema_decay=options.ema_decay, tau_fraction=options.tau_fraction, tau_warmup_steps=options.tau_warmup_steps,
+    )  # fmt: skip
+    optimizer = make_optimizer(model, recipe)
+    student = accelerator.prepare(StudentWithLoss(model, objective))
+    return Run(
+        recipe, accelerator, model, student, teacher, optimizer, controller, objective, steps, base_config
+    )
+
+
+def put_quantizer(model: qwen3vl.Qwen3VLForConditionalGeneration, recipe: Recipe) -> None:
+    """Quantizes the decoder; a student that is a QAT checkpoint brings its latents along."""
+    bits, group_size = cast(int, recipe.quant.bits), recipe.quant.group_size
+    source = Path(recipe.student.path)
+    earlier = checkpoint.read_qat(source, latents=True) if checkpoint.is_qat(source) else None
+    if earlier is not None:
+        linears = qwen3vl.decoder_linears(model)
+        for name, weight in earlier.modules.items():
+            if weight.latent_OI is not None:
+                linears[name].weight.data.copy_(weight.latent_OI)
+    quantized = qwen3vl.quantize_decoder(model, bits, group_size)
+    if earlier is not None and (earlier.bits, earlier.group_size) == (bits, group_size):
+        for name, weight in earlier.modules.items():
+            if weight.theta_OG is not None:
+                quantized[name].theta.data.copy_(weight.theta_OG)
+
+
+def require_same_tokenizer(tokenizer: Any, teacher_path: str) -> None:
+    """Distillation compares vocabularies entry by entry: they must be the same.
+
+    Raises:
+        UserError: the teacher's tokenizer maps some token to another id.
+    """
+    other = load_processor(teacher_path).tokenizer.get_vocab()
+    ours = tokenizer.get_vocab()
+    if ours != other:
+        different = [token for token in ours if other.get(token) != ours[token]] or sorted(
+            set(other) - set(ours)
+        )
+        raise UserError(
+            f"student and teacher have different tokenizers (e.g. {different[0]!r}): "
+            "use a teacher of the same model family, with its own tokenizer files"
+        )
+
+
+def make_optimizer(model: torch.nn.Module, recipe: Recipe) -> torch.optim.AdamW:
+    """AdamW in three groups: matrices (decayed), vectors (not decayed), scales (own rate, not decayed)."""
+    optim = recipe.optim
+    groups: dict[str, list[Tensor]] = {"matrices": [], "vectors": [], "scales": []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            kind = "scales" if name.endswith(".theta") else "matrices" if parameter.ndim > 1 else "vectors"
+            groups[kind].append(parameter)
+    rates = {"matrices": 1.0, "vectors": 1.0, "scales": recipe.quant.scale_lr_multiplier}
+    settings = [
+        {
+            "params": parameters,
+            "lr": optim.lr * rates[kind],
+            "base_lr": optim.lr * rates[kind],
+            "weight_decay": optim.weight_decay if kind == "matrices" else 0.0,
+        }
+        for kind, parameters in groups.items()
+        if parameters
+    ]
+    if not settings:
+        raise UserError("nothing is trainable in this recipe")
+    return torch.optim.AdamW(settings, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True)
+
+
+def total_steps(recipe: Recipe, records: int) -> int:
+    """Optimizer steps of the whole run: `run.max_steps`, else what `optim.epochs` needs."""
+    return recipe.run.max_steps or max(1, math.ceil(recipe.optim.epochs * records / recipe.optim.batch_size))
+
+
+@contextlib.contextmanager
+def claimed(run_dir: Path, recipe: Recipe, is_main: bool) -> Iterator[None]:
+    """Holds a run directory: one writer at a time, one recipe per directory.
+
+    Raises:
+        UserError: another process holds it, it cannot be written, or it belongs to something else.
+    """
+    if not is_main:
+        yield
+        return
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock = (run_dir / ".lock").open("w")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UserError(f"{run_dir} is in use by another run: wait for it, or set run.output_dir") from error
+    except OSError as error:
+        raise UserError(f"cannot write to {run_dir} ({error.strerror}): set run.output_dir") from error
+    with lock:
+        require_same_recipe(run_dir, recipe)
+        yield
+
+
+def require_same_recipe(run_dir: Path, recipe: Recipe) -> None:
+    """Writes the resolved recipe of a new run, or checks it against that of the run found there.
+
+    Raises:
+        UserError: the directory belongs to another recipe, or to something that is no run.
+    """
+    written = run_dir / "recipe.yaml"
+    if not written.exists():
+        if any(not path.name.startswith(".") for path in run_dir.iterdir()):  # but for locks and temporaries
+            raise UserError(
+                f"{run_dir} holds files that are not a run's: set run.output_dir to a new directory"
+            )
+        write_text(written, to_yaml(recipe))
+        return
+    changes = [
+        change
+        for change in recipe_diff(load_recipe(written), recipe)
+        if change.split(":")[0] not in RESUME_MAY_CHANGE
+    ]
+    if changes:
+        raise UserError(
+            f"{run_dir} belongs to a run with another recipe ({'; '.join(changes)}): "
+            "set run.output_dir, or give the same settings to continue it"
+        )
+
+
+# ---------------------------------------------------------------- saving and resuming
+
+
+def save_resume_state(run: Run, tracker: Tracker, run_dir: Path) -> None:
+    """Everything that a killed run needs to go on to the same numbers."""
+    trainable = {name: p for name, p in run.model.named_parameters() if p.requires_grad}
+    moments = {
+        f"{name}.{key}": value
+        for name, p in trainable.items()
+        for key, value in run.optimizer.state[p].items()
+    }
+    state = {"controller": run.controller.state_dict(), "window": tracker.state(), "validation": run.validation}  # fmt: skip
+    rng = {"torch": torch.get_rng_state()}
+    tensors = {"trainable": trainable, "optimizer": moments, "rng": rng}
+    checkpoint.save_checkpoint(run_dir, run.step, tensors, state, run.recipe.run.keep_last)
+
+
+def resume(run: Run, tracker: Tracker, run_dir: Path) -> None:
+    """Continues from the newest checkpoint, or starts the log of a new run."""
+    saved = checkpoint.load_newest_checkpoint(run_dir)
+    if saved is None:
+        tracker.start(0, None)
+        return
+    with torch.no_grad():
+        for name, parameter in run.model.named_parameters():
+            if parameter.requires_grad:
+                parameter.copy_(saved.tensors["trainable"][name])
+                moments = {
+                    key: saved.tensors["optimizer"][f"{name}.{key}"].to(parameter.device)
+                    for key in ("step", "exp_avg", "exp_avg_sq")
+                    if f"{name}.{key}" in saved.tensors["optimizer"]  # absent: no gradient so far
+                }
+                if moments:
+                    run.optimizer.state[parameter] = moments
+    run.controller.load_state_dict(saved.state["controller"])
+    run.validation = saved.state["validation"]
+    run.step = saved.step
+    torch.set_rng_state(saved.tensors["rng"]["torch"])
+    tracker.start(saved.step, saved.state["window"])
+    run.accelerator.print(f"continuing from step {saved.step} of {run.total_steps}", file=sys.stderr)
+
+
+def save_final_model(run: Run, run_dir: Path) -> None:
+    """Writes `model/`: W_hat plus codes, scales and latents, or the plain weights."""
+    state = {name: tensor for name, tensor in run.model.state_dict().items() if not name.endswith(".theta")}
+    if run.base_config.tie_word_embeddings:
+        state.pop("lm_head.weight", None)
+    qat, config = None, run.base_config
+    dtype = torch.float32
+    if run.recipe.quant.bits is not None:
+        qat = quantized_state(run)
+        for name, weight in qat.modules.items():
+            state[f"{name}.weight"] = dequantize(weight.codes_OI, weight.scales_OG, qat.group_size)
+    elif run.recipe.run.precision == "bf16":
+        dtype = torch.bfloat16
+    state = {name: tensor.to(dtype) for name, tensor in state.items()}
+    config.dtype = dtype
+    checkpoint.save_model(run_dir / "model", state, config, Path(run.recipe.student.path), qat)
+
+
+def quantized_state(run: Run) -> checkpoint.QatState:
+    """Codes and scales as trained, with latents, and what a reader wants to know of the run."""
+    modules = {}
+    for name, layer in qwen3vl.quantized_linears(run.model).items():
+        codes_OI, scales_OG = layer.codes_and_scales()
+        modules[name] = checkpoint.QuantizedWeight(
+            codes_OI.cpu(), scales_OG.cpu(), layer.weight.detach().cpu(), layer.theta.detach().cpu()
+        )
+    info = {
+        "recipe": asdict(run.recipe),
+        "recipe_sha256": recipe_hash(run.recipe),
+        "metrics": run.validation or {},
+        "steps": run.step,
+        "base_model": run.recipe.student.path,
+    }
+    return checkpoint.QatState(cast(int, run.recipe.quant.bits), run.recipe.quant.group_size, modules, info)

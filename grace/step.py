@@ -1,0 +1,196 @@
+"""One optimizer step: the teacher over all micro-batches, global normalisers, then the student.
+
+Losses are sums divided by counts of the *whole* step (every micro-batch, every rank), so the
+numbers do not depend on how a batch is cut. Equations: DESIGN section 4, arXiv:2601.22709.
+
+Shape suffixes: T supervised tokens, V vocabulary.
+"""
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from grace.data.batch import Batch
+from grace.distill.objective import micro_batch_loss
+from grace.distill.teacher import TeacherSignals, supervised, teacher_signals, vocabulary_logits
+from grace.models import qwen3vl
+
+
+class NonFiniteLoss(RuntimeError):
+    """A loss or gradient is NaN or infinite; raised before the optimizer step."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The constants of the loss."""
+
+    kind: str  # none | kl | gdkd
+    temperature: float
+    tckd_weight: float
+    nckd_weight: float
+    vocabulary: int  # shared by teacher and student
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The multipliers that change from step to step."""
+
+    beta: float
+    omega: float
+
+
+@dataclass(frozen=True)
+class StepCounts:
+    """Normalisers of one optimizer step, over all micro-batches and ranks."""
+
+    tokens: float
+    gate_sum: float
+    images: float
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Global means of one optimizer step (floats), before the optimizer moved."""
+
+    total: float
+    ce: float
+    kd: float
+    rcka: float
+    degenerate_images: float
+    counts: StepCounts
+
+
+class StudentWithLoss(nn.Module):
+    """The student and its loss in one forward, so that wrappers (DDP and others) see both."""
+
+    def __init__(self, model: qwen3vl.Qwen3VLForConditionalGeneration, objective: Objective):
+        super().__init__()
+        self.model = model
+        self.objective = objective
+
+    def forward(
+        self,
+        batch: Batch | None,
+        signals: TeacherSignals | None,
+        head_VE: Tensor | None,
+        counts: StepCounts,
+        weights: Weights,
+    ) -> tuple[Tensor, Tensor]:
+        """Returns the micro-batch's share of the step's loss, and detached sums [ce, kd, rcka, degenerate]."""
+        if batch is None:  # this rank has fewer micro-batches: keep the collectives in step
+            nothing = sum(p.sum() * 0.0 for p in self.model.parameters() if p.requires_grad)
+            assert isinstance(nothing, Tensor)
+            return nothing, torch.zeros(4, dtype=torch.float64, device=nothing.device)
+        hidden = qwen3vl.hidden_states(self.model, batch)
+        hidden_TD, targets_T = supervised(hidden.final_BLD, batch.labels_BL)
+        logits_TV = self.model.lm_head(hidden_TD).float()
+        shared = self.objective.vocabulary
+        teacher_logits_TV = gate_T = None
+        student_visual: tuple[Tensor, ...] = ()
+        if signals is not None and head_VE is not None:
+            teacher_logits_TV = vocabulary_logits(signals.hidden_TE, head_VE, shared).float()
+            gate_T = signals.gate_T
+            if weights.omega > 0:
+                student_visual = qwen3vl.visual_tokens(self.model, hidden.last_layer_input_BLD, batch)
+        total, parts = micro_batch_loss(
+            logits_TV,
+            targets_T,
+            token_count=counts.tokens,
+            teacher_logits_TV=teacher_logits_TV,
+            gate_T=gate_T,
+            gate_sum=counts.gate_sum,
+            beta=weights.beta,
+            kind=self.objective.kind if signals is not None else "none",
+            temperature=self.objective.temperature,
+            tckd_weight=self.objective.tckd_weight,
+            nckd_weight=self.objective.nckd_weight,
+            student_visual=student_visual,
+            teacher_visual=signals.visual if signals is not None and student_visual else (),
+            image_count=counts.images,
+            omega=weights.omega,
+        )
+        sums = torch.stack(
+            [t.double() for t in (parts.ce_sum, parts.kd_sum, parts.rcka_sum, parts.degenerate)]
+        )
+        return total, sums
+
+
+@torch.no_grad()
+def run_teacher(
+    teacher: qwen3vl.Qwen3VLForConditionalGeneration, batches: Sequence[Batch | None], vocabulary: int
+) -> list[TeacherSignals | None]:
+    """The teacher over every micro-batch of the step, keeping only what the student needs."""
+    results: list[TeacherSignals | None] = []
+    for batch in batches:
+        if batch is None:
+            results.append(None)
+            continue
+        hidden = qwen3vl.hidden_states(teacher, batch)
+        hidden_TE, _ = supervised(hidden.final_BLD, batch.labels_BL)
+        visual = qwen3vl.visual_tokens(teacher, hidden.last_layer_input_BLD, batch)
+        results.append(teacher_signals(hidden_TE, qwen3vl.head_weight(teacher), visual, vocabulary))
+    return results
+
+
+def count_step(
+    accelerator: Accelerator, batches: Sequence[Batch | None], signals: Sequence[TeacherSignals | None]
+) -> StepCounts:
+    """Sums tokens, gates and usable images over the step; one unconditional collective."""
+    sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
+    for batch in batches:
+        if batch is not None:
+            sums[0] += (batch.labels_BL[:, 1:] != -100).sum()
+    for signal in signals:
+        if signal is not None:
+            sums[1] += signal.gate_T.double().sum()
+            sums[2] += signal.image_count
+    tokens, gate_sum, images = reduce_sum(accelerator, sums).tolist()
+    return StepCounts(max(tokens, 1.0), max(gate_sum, 1e-12), max(images, 1.0))
+
+
+def reduce_sum(accelerator: Accelerator, values: Tensor) -> Tensor:
+    """Sum over ranks."""
+    return accelerator.reduce(values, reduction="sum")  # type: ignore[return-value]
+
+
+def forward_backward(
+    accelerator: Accelerator,
+    student: nn.Module,
+    teacher: qwen3vl.Qwen3VLForConditionalGeneration | None,
+    batches: Sequence[Batch | None],
+    weights: Weights,
+    vocabulary: int,
+    kind: str,
+) -> StepResult:
+    """Accumulates the step's gradients into the student; the caller moves the optimizer.
+
+    Raises:
+        NonFiniteLoss: names the records of the micro-batches concerned.
+    """
+    signals = run_teacher(teacher, batches, vocabulary) if teacher is not None else [None] * len(batches)
+    counts = count_step(accelerator, batches, signals)
+    head_VE = qwen3vl.head_weight(teacher) if teacher is not None else None
+    sums = torch.zeros(4, dtype=torch.float64, device=accelerator.device)
+    suspects: list[str] = []
+    for index, (batch, signal) in enumerate(zip(batches, signals, strict=True)):
+        last = index == len(batches) - 1
+        with contextlib.nullcontext() if last else accelerator.no_sync(student):
+            total, part_sums = student(batch, signal, head_VE, counts, weights)
+            # Data-parallel wrappers average gradients over ranks; our normalisers are global already.
+            accelerator.backward(total * accelerator.num_processes)
+        if batch is not None and not bool(torch.isfinite(part_sums).all()):
+            suspects.extend(batch.record_ids)
+        sums += part_sums
+    ce_sum, kd_sum, rcka_sum, degenerate = reduce_sum(accelerator, sums).tolist()
+    kd_norm = counts.gate_sum if kind == "gdkd" else counts.tokens
+    ce, kd, rcka = ce_sum / counts.tokens, kd_sum / kd_norm, rcka_sum / counts.images
+    result = StepResult(ce + weights.beta * kd + weights.omega * rcka, ce, kd, rcka, degenerate, counts)
+    if not torch.isfinite(torch.tensor([ce, kd, rcka])).all():
+        raise NonFiniteLoss(
+            f"the loss is not finite (ce {ce}, kd {kd}, rcka {rcka}); records of this batch: {suspects}"
+        )
+    return result

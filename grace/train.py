@@ -1,0 +1,252 @@
+"""Trains a student: quantized or not, with a teacher or without.
+
+    accelerate launch -m grace.train recipes/qwen3vl_2b_w4g128.yaml [section.key=value ...]
+    python -m grace.train recipes/small_world/grace_w4.yaml --dry-run
+
+The same command continues a run that was interrupted, from its newest checkpoint. The run
+directory ends with `model/`: a QAT checkpoint when quantization is on, else a plain model.
+"""
+
+import itertools
+import math
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from grace.config import Recipe, load_recipe
+from grace.data.batch import Batch, collate
+from grace.data.records import Record, load_records
+from grace.data.sampler import split_step, step_indices
+from grace.data.template import encode
+from grace.errors import Parser, run_command
+from grace.evaluation.exact_match import evaluate
+from grace.evaluation.samples import sample_table
+from grace.models.processor import load_processor
+from grace.run import (
+    Run,
+    claimed,
+    make_accelerator,
+    resume,
+    save_final_model,
+    save_resume_state,
+    set_up,
+    total_steps,
+)
+from grace.step import NonFiniteLoss, Weights, forward_backward, reduce_sum
+from grace.tracking import Tracker
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line of `grace.train`; returns the process exit code."""
+    description = __doc__.splitlines()[0] if __doc__ else None
+    parser = Parser(prog="grace.train", description=description, rest="overrides")
+    parser.add_argument("recipe", help="a YAML recipe")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="section.key=value", help="fields to override"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the plan and stop; needs no weights or data"
+    )
+    args = parser.parse_args(argv)
+
+    def command() -> int:
+        recipe = load_recipe(args.recipe, args.overrides)
+        if args.dry_run:
+            from grace.plan import format_plan, plan
+
+            text = format_plan(plan(recipe))
+            if os.environ.get("RANK", "0") == "0":
+                print(text)
+        else:
+            train(recipe)
+        return 0
+
+    return run_command(command)
+
+
+def train(recipe: Recipe) -> Path:
+    """Runs a recipe to its end and returns the directory of the finished model.
+
+    Raises:
+        UserError: recipe, data, models or output directory are unusable.
+        NonFiniteLoss: training diverged; nothing was stepped or saved after the last good step.
+    """
+    run_dir = Path(recipe.run.output_dir)
+    accelerator = make_accelerator(recipe)
+    with claimed(run_dir, recipe, accelerator.is_main_process):
+        if (run_dir / "model").is_dir():
+            accelerator.print(f"{run_dir} is finished: its model is {run_dir / 'model'}", file=sys.stderr)
+            return run_dir / "model"
+        torch.manual_seed(recipe.run.seed)
+        processor = load_processor(recipe.student.path, recipe.data.min_pixels, recipe.data.max_pixels)
+        records = load_records(recipe.data.path, recipe.data.image_root)
+        validation = (
+            load_records(recipe.data.validation_path, recipe.data.image_root)
+            if recipe.data.validation_path
+            else []
+        )
+        validation = validation[: recipe.run.eval_records]
+        run = set_up(recipe, accelerator, processor.tokenizer, total_steps(recipe, len(records)))
+        tracker = Tracker(run_dir, run.total_steps, recipe.run.log_every, accelerator.is_main_process)
+        resume(run, tracker, run_dir)
+        tracker.start_wandb(recipe.run.wandb, recipe.run.wandb_project, asdict(recipe))
+        try:
+            loop(run, tracker, records, validation, processor)
+        finally:
+            tracker.finish()
+        if accelerator.is_main_process:
+            save_final_model(run, run_dir)
+        accelerator.wait_for_everyone()
+    return run_dir / "model"
+
+
+class StepBatches(Dataset):
+    """Maps a step number to this rank's micro-batches: a pure function of (step, seed)."""
+
+    def __init__(self, run: Run, records: Sequence[Record], processor: Any):
+        self.recipe, self.records, self.processor = run.recipe, records, processor
+        self.rank, self.world_size = run.accelerator.process_index, run.accelerator.num_processes
+
+    def __getitem__(self, step: int) -> list[Batch | None]:
+        recipe = self.recipe
+        indices = step_indices(step, recipe.optim.batch_size, len(self.records), recipe.run.seed)
+        shares = split_step(indices, self.rank, self.world_size, recipe.run.micro_batch_size)
+        # Alike lengths together: less padding, and the sums of the step do not depend on the cut.
+        mine = iter(sorted((self.records[i] for share in shares for i in share), key=text_length))
+        micro_batches = [list(itertools.islice(mine, len(share))) for share in shares]
+        return [batch_of(part, self.processor, recipe.data.max_length) for part in micro_batches]
+
+
+def text_length(record: Record) -> int:
+    """Characters of a conversation: a cheap stand-in for its number of text tokens."""
+    return sum(len(turn.text) for turn in record.turns)
+
+
+def batch_of(records: Sequence[Record], processor: Any, max_length: int) -> Batch | None:
+    """Encodes and pads records; no records give None."""
+    if not records:
+        return None
+    samples = [encode(record, processor, max_length) for record in records]
+    return collate(samples, processor.tokenizer.pad_token_id)
+
+
+def _first(items: list[Any]) -> Any:
+    return items[0]
+
+
+def loop(
+    run: Run, tracker: Tracker, records: Sequence[Record], validation: Sequence[Record], processor: Any
+) -> None:
+    """Steps from `run.step` to the end, logging, validating and saving on the way."""
+    settings, device = run.recipe.run, run.accelerator.device
+    steps = range(run.step, run.total_steps)
+    loader = DataLoader(
+        StepBatches(run, records, processor), batch_size=1, collate_fn=_first, sampler=steps,  # type: ignore[arg-type]
+        num_workers=run.recipe.data.num_workers,
+    )  # fmt: skip
+    for step, micro_batches in zip(steps, loader, strict=True):
+        values, tokens = one_step(run, [batch and batch.to(device) for batch in micro_batches], step)
+        run.step = step + 1
+        tracker.add(run.step, values, tokens)
+        finished = run.step == run.total_steps
+        if validation and (finished or (settings.eval_every and run.step % settings.eval_every == 0)):
+            validate(run, tracker, validation, processor)
+        if finished or run.step % settings.save_every == 0:
+            if run.accelerator.is_main_process:
+                save_resume_state(run, tracker, Path(settings.output_dir))
+            run.accelerator.wait_for_everyone()
+
+
+def one_step(run: Run, batches: Sequence[Batch | None], step: int) -> tuple[dict[str, float], float]:
+    """One optimizer step; returns the values to log and the number of supervised tokens."""
+    options, optim = run.recipe.distill, run.recipe.optim
+    omega = options.rcka_weight * min(1.0, (step + 1) / max(1, options.rcka_warmup_steps))
+    weights = Weights(beta=run.controller.beta if options.loss != "none" else 0.0, omega=omega)
+    factor = learning_rate_factor(step, run.total_steps, optim.warmup_ratio, optim.schedule)
+    for group in run.optimizer.param_groups:
+        group["lr"] = group["base_lr"] * factor
+    run.optimizer.zero_grad(set_to_none=True)
+    result = forward_backward(
+        run.accelerator, run.student, run.teacher, batches, weights, run.objective.vocabulary, options.loss
+    )
+    trainable = [p for group in run.optimizer.param_groups for p in group["params"]]
+    norm = float(run.accelerator.clip_grad_norm_(trainable, optim.max_grad_norm))  # type: ignore[arg-type]
+    if not math.isfinite(norm):
+        names = [record_id for batch in batches if batch is not None for record_id in batch.record_ids]
+        raise NonFiniteLoss(f"the gradient is not finite at step {step + 1}; records of this step: {names}")
+    run.optimizer.step()
+    values = {
+        "loss/total": result.total,
+        "loss/ce": result.ce,
+        "optim/lr": optim.lr * factor,
+        "optim/grad_norm": norm,
+    }
+    if run.teacher is not None:
+        values |= {
+            "loss/gdkd": result.kd, "loss/rcka": result.rcka, "ib/beta": weights.beta, "rcka/omega": omega,
+            "rcka/degenerate_images": result.degenerate_images, "gate/mean": result.counts.gate_sum / result.counts.tokens,
+        }  # fmt: skip
+        if options.loss != "none":
+            run.controller.update(result.kd)
+            values["ib/ema"] = run.controller.m if run.controller.m is not None else result.kd
+    return values, result.counts.tokens
+
+
+@torch.no_grad()
+def validate(run: Run, tracker: Tracker, records: Sequence[Record], processor: Any) -> None:
+    """Cross-entropy and exact match on the validation records, shared out over the ranks."""
+    accelerator, settings = run.accelerator, run.recipe.run
+    mine = records[accelerator.process_index :: accelerator.num_processes]
+    training = run.model.training
+    run.model.eval()
+    with accelerator.autocast():
+        scores = evaluate(run.model, validation_batches(mine, processor, run.recipe), accelerator.device)
+        if accelerator.is_main_process:
+            samples = records[: settings.eval_samples] if tracker.run is not None else []
+            tracker.log_samples(run.step, sample_table(run.model, processor, samples))
+    run.model.train(training)
+    sums = [
+        float(len(scores)),
+        float(sum(s.exact for s in scores)),
+        sum(s.ce_sum for s in scores),
+        float(sum(s.tokens for s in scores)),
+    ]
+    turns, exact, ce, tokens = reduce_sum(
+        accelerator, torch.tensor(sums, dtype=torch.float64, device=accelerator.device)
+    ).tolist()
+    rate = exact / max(turns, 1)
+    run.validation = {"val/ce": ce / max(tokens, 1), "val/exact_match": rate, "val/turns": turns,
+                      "val/exact_match_se": math.sqrt(rate * (1 - rate) / max(turns, 1))}  # fmt: skip
+    tracker.log(run.step, run.validation)
+    accelerator.print(
+        "  ".join(f"{name} {value:.4g}" for name, value in run.validation.items()), file=sys.stderr
+    )
+
+
+def validation_batches(records: Sequence[Record], processor: Any, recipe: Recipe) -> Iterator[Batch]:
+    """Padded batches of validation records, as many at a time as in training (at least 8)."""
+    size = max(8, recipe.run.micro_batch_size)
+    for start in range(0, len(records), size):
+        batch = batch_of(records[start : start + size], processor, recipe.data.max_length)
+        assert batch is not None
+        yield batch
+
+
+def learning_rate_factor(step: int, total: int, warmup_ratio: float, schedule: str) -> float:
+    """Multiplier of the base rate at `step` (0-based): linear warm-up, then constant or half a cosine to 0."""
+    warmup = math.ceil(warmup_ratio * total)
+    if step < warmup:
+        return (step + 1) / warmup
+    if schedule == "constant":
+        return 1.0
+    return 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
