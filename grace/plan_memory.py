@@ -1,0 +1,169 @@
+"""Memory of one training process, estimated line by line from shapes.
+
+Weights, gradients and optimizer state are exact. The activation coefficients are bytes that autograd
+saves per token, fitted to the real modules by counting saved tensors over widths (transformers 5.23,
+torch 2.13, SDPA) and held to them by tests/test_plan.py. What a GPU's allocator adds is not in here.
+
+Letters in the formulas: D width, Q query width, K key width, F feed-forward width of the decoder,
+T tokens of a micro-batch, V vocabulary.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from grace.config import Recipe
+from grace.models import qwen3vl
+
+GIB = 2**30
+
+# Bytes saved per token and decoder layer, by width; the residual stream is float32 in both cases.
+DECODER = {"bf16": {"D": 26, "Q": 10, "K": 10, "F": 8}, "fp32": {"D": 24, "Q": 16, "K": 16, "F": 16}}
+# Bytes saved per patch and vision layer (width D, feed-forward F), and per patch, merger and width.
+VISION = {"bf16": {"D": 22, "F": 4}, "fp32": {"D": 44, "F": 8}}
+MERGER = {"bf16": 8, "fp32": 16}
+EMBEDDING = 9  # bytes per token and width around the decoder: embedding output, final norm
+# Largest bytes alive at once per supervised token and vocabulary entry: dense logits of both models,
+# their softmaxes and the gradient (measured by following every allocation of `micro_batch_loss`).
+LOGITS = {"none": 16, "kl": 33, "gdkd": 37}
+PATCHES_PER_TOKEN = 4
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What memory depends on beside the recipe.
+
+    Attributes:
+        student, teacher: skeletons on the meta device; no teacher, None.
+        trained: trained parameters of the student, scales not included.
+        scales: learned group scales.
+        records: records of a micro-batch.
+        share: records of a step that this process sees.
+        tokens, supervised, images: per record; image tokens are part of `tokens`.
+        world_size: number of processes.
+    """
+
+    student: Any
+    teacher: Any
+    trained: int
+    scales: int
+    records: int
+    share: int
+    tokens: int
+    supervised: int
+    images: int
+    world_size: int
+
+
+def memory(sizes: Sizes, recipe: Recipe) -> dict[str, Any]:
+    """Items {name, gib, formula} and their sum, for one process at its fullest moment."""
+    precision, width = recipe.run.precision, 4 if recipe.run.precision == "fp32" else 2
+    checkpointing = recipe.run.gradient_checkpointing
+    student = sum(p.numel() for p in sizes.student.parameters())
+    learned = sizes.trained + sizes.scales
+    linears = {name: m.weight.numel() for name, m in qwen3vl.decoder_linears(sizes.student).items()}
+    items = [
+        ("student weights", student * 4, "4 bytes x parameters (float32 latents)"),
+        ("theta", sizes.scales * 4, "4 bytes x scales"),
+        ("gradients", learned * 4, "4 bytes x trained"),
+        ("Adam moments", learned * 8, "8 bytes x trained"),
+    ]
+    if sizes.world_size > 1:
+        items.append(("DDP buckets", learned * 4, "4 bytes x trained (gradients in flight)"))
+    if sizes.teacher is not None:
+        items += _teacher_items(sizes, recipe)
+    items.append(_copies(linears, sizes, recipe, width))
+    items.append(
+        (
+            "activations",
+            activation_bytes(
+                sizes.student.config, sizes, precision, checkpointing, recipe.student.train_vision
+            ),
+            _activation_formula(precision, checkpointing),
+        )
+    )
+    loss = recipe.distill.loss
+    vocabulary = sizes.student.config.text_config.vocab_size
+    items.append(
+        (
+            "logits",
+            LOGITS[loss] * sizes.records * sizes.supervised * vocabulary,
+            f"{LOGITS[loss]} bytes x supervised tokens of a micro-batch x V (dense)",
+        )
+    )
+    rows = [{"name": name, "gib": size / GIB, "formula": formula} for name, size, formula in items if size]
+    return {"items": rows, "total_gib": sum(row["gib"] for row in rows), "activations": _both(sizes, recipe)}
+
+
+def activation_bytes(
+    config: Any, sizes: Sizes, precision: str, checkpointing: bool, train_vision: bool = False
+) -> int:
+    """Bytes that a micro-batch's forward pass leaves for its backward pass, head and loss excluded."""
+    text, vision = config.text_config, config.vision_config
+    tokens = sizes.records * sizes.tokens
+    patches = PATCHES_PER_TOKEN * sizes.records * sizes.images
+    widths = {
+        "D": text.hidden_size,
+        "Q": text.num_attention_heads * text.head_dim,
+        "K": text.num_key_value_heads * text.head_dim,
+        "F": text.intermediate_size,
+    }
+    layer = sum(DECODER[precision][name] * width for name, width in widths.items())
+    layers = text.num_hidden_layers
+    # Checkpointing keeps each layer's input, and rebuilds one layer at a time.
+    decoder = layers * 4 * text.hidden_size + layer if checkpointing else layers * layer
+    mergers = MERGER[precision] * vision.hidden_size * (1 + len(vision.deepstack_visual_indexes))
+    tower = 0
+    if train_vision:
+        block = (
+            VISION[precision]["D"] * vision.hidden_size + VISION[precision]["F"] * vision.intermediate_size
+        )
+        tower = vision.depth * 4 * vision.hidden_size + block if checkpointing else vision.depth * block
+    return tokens * (decoder + EMBEDDING * text.hidden_size) + patches * (mergers + tower)
+
+
+def _both(sizes: Sizes, recipe: Recipe) -> dict[str, float]:
+    """Activations in GiB with and without checkpointing, to compare."""
+    return {
+        name: activation_bytes(
+            sizes.student.config, sizes, recipe.run.precision, checkpointing, recipe.student.train_vision
+        )
+        / GIB
+        for name, checkpointing in {"checkpointed_gib": True, "kept_gib": False}.items()
+    }
+
+
+def _activation_formula(precision: str, checkpointing: bool) -> str:
+    layer = " + ".join(f"{factor}{name}" for name, factor in DECODER[precision].items())
+    if checkpointing:
+        return f"T x (4D x layers + {layer}), checkpointed; mergers per image"
+    return f"T x layers x ({layer}), all kept; mergers per image"
+
+
+def _teacher_items(sizes: Sizes, recipe: Recipe) -> list[tuple[str, int, str]]:
+    width = 4 if recipe.teacher.dtype == "float32" else 2
+    parameters = sum(p.numel() for p in sizes.teacher.parameters())
+    hidden = sizes.share * (sizes.supervised + sizes.images) * sizes.teacher.config.text_config.hidden_size
+    return [
+        ("teacher weights", parameters * width, f"{width} bytes x parameters"),
+        ("teacher signals", hidden * width, f"{width} bytes x D x (supervised + image tokens of a step)"),
+    ]
+
+
+def _copies(linears: dict[str, int], sizes: Sizes, recipe: Recipe, width: int) -> tuple[str, int, str]:
+    """Weights in the dtype of the matrix products, beside the float32 latents."""
+    decoder = sum(linears.values())
+    head = sizes.student.config.text_config.vocab_size * sizes.student.config.text_config.hidden_size
+    cast_head = head * 2 if recipe.run.precision == "bf16" else 0
+    if recipe.quant.bits is None:
+        if recipe.run.precision == "fp32":
+            return "compute copies", 0, ""
+        return (
+            "compute copies",
+            decoder * 2 + cast_head,
+            "2 bytes x (decoder linears + head), cached by autocast",
+        )
+    if recipe.run.gradient_checkpointing:
+        largest = max(linears.values()) * 4
+        size = width * decoder // sizes.student.config.text_config.num_hidden_layers + largest + cast_head
+        return "compute copies", size, f"{width} bytes x (one layer's linears + head) + one float32 W_hat"
+    return "compute copies", width * decoder + cast_head, f"{width} bytes x (decoder linears' W_hat + head)"

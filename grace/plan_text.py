@@ -1,0 +1,107 @@
+"""A plan (`grace.plan`) as aligned text for people."""
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def format_plan(plan: Mapping[str, Any]) -> str:
+    """The plan as aligned text for people."""
+    lines: list[str] = []
+    for role in ("student", "teacher"):
+        if plan[role] is not None:
+            lines += _model_lines(role, plan[role])
+    lines += ["", "quantization", *_quantization_lines(plan["quantization"])]
+    lines += ["", "optimizer (AdamW)"] + [
+        f"  {group['group']:<18}{group['parameters']:>15,}  lr {group['lr']:g}  "
+        f"weight decay {group['weight_decay']:g}"
+        for group in plan["optimizer"]
+    ]
+    lines += ["", "schedule", *_schedule_lines(plan["schedule"], plan["data"])]
+    lines += ["", "distillation", *_distillation_lines(plan["distillation"])]
+    lines += ["", "memory of one process, GiB (estimated)"]
+    lines += [
+        f"  {item['name']:<18}{item['gib']:>15.2f}  {item['formula']}" for item in plan["memory"]["items"]
+    ]
+    lines += [f"  {'total':<18}{plan['memory']['total_gib']:>15.2f}"]
+    if plan["notes"]:
+        lines += ["", "notes"] + [f"  {note}" for note in plan["notes"]]
+    return "\n".join(lines).lstrip("\n")
+
+
+def _model_lines(role: str, model: Mapping[str, Any]) -> list[str]:
+    shape = "" if model["shape_from"] == model["path"] else f" (absent; shape of {model['shape_from']})"
+    decoder, vision = model["decoder"], model["vision"]
+    lines = [
+        "",
+        f"{role}: {model['path']}{shape}",
+        f"  decoder {decoder['layers']} layers x {decoder['width']}, vocabulary {decoder['vocabulary']:,}; "
+        f"vision {vision['layers']} layers x {vision['width']}",
+    ]
+    for part, count in model["parts"].items():
+        tied = "  tied to the embeddings" if part == "head" and model["head_tied"] else ""
+        lines.append(f"  {part.replace('_', ' '):<18}{count:>15,}{tied}")
+    lines.append(f"  {'parameters':<18}{model['parameters']:>15,}")
+    if role == "student":
+        lines.append(f"  {'trained':<18}{model['trained']:>15,}  scales included; {model['frozen']:,} frozen")
+    else:
+        lines.append(f"  {'trained':<18}{0:>15,}  frozen, {model['dtype']}")
+    return lines
+
+
+def _quantization_lines(quantization: Mapping[str, int] | None) -> list[str]:
+    if quantization is None:
+        return ["  none: full precision"]
+    bits, group_size = quantization["bits"], quantization["group_size"]
+    return [
+        f"  {quantization['linears']} decoder linears at {bits} bits, groups of {group_size} along the input",
+        f"  {'weights':<18}{quantization['weights']:>15,}",
+        f"  {'scales':<18}{quantization['scales']:>15,}",
+        "  full precision: vision tower, mergers, embeddings, head, norms",
+    ]
+
+
+def _schedule_lines(schedule: Mapping[str, Any], data: Mapping[str, Any]) -> list[str]:
+    is_counted = data["records_from"] == "counted"
+    where = f"in {data['path']}" if is_counted else f"expected; {data['path']} is absent"
+    return [
+        _row("records", data["records"], where + ("" if data["records"] else ": set data.expected_records")),
+        _row("steps", schedule["steps"], _if(schedule["epochs"], "epochs {:.3g}")),
+        _row("warm-up steps", schedule["warmup_steps"], f"linear, then {schedule['schedule']}"),
+        _row(
+            "records per step",
+            schedule["records_per_step"],
+            f"{schedule['processes']} process{'es' * (schedule['processes'] > 1)}, "
+            f"{schedule['accumulation']} micro-batches of up to {schedule['micro_batch_size']} in each",
+        ),
+        _row(
+            "tokens",
+            schedule["tokens"],
+            _if(data["tokens_per_record"], "{} a record, " + data["tokens_from"]),
+        ),
+        _row("supervised", schedule["supervised_tokens"], _if(data["supervised_per_record"], "{} a record")),
+        f"  gradient norm clipped at {schedule['clip']:g}; {schedule['precision']} compute",
+    ]
+
+
+def _row(name: str, value: int | None, remark: str) -> str:
+    shown = "unknown" if value is None else f"{value:,}"
+    return f"  {name:<18}{shown:>15}  {remark}".rstrip()
+
+
+def _if(value: float | None, template: str) -> str:
+    return "" if value is None else template.format(value)
+
+
+def _distillation_lines(options: Mapping[str, Any] | None) -> list[str]:
+    if options is None:
+        return ["  none: cross-entropy alone"]
+    start, low, high = options["beta"]
+    tau = options["tau"] if isinstance(options["tau"], str) else f"{options['tau']:g}"
+    return [
+        f"  {options['loss']} at temperature {options['temperature']:g}, "
+        f"alpha {options['tckd_weight']:g}, beta_dkd {options['nckd_weight']:g}",
+        f"  beta from {start:g} in [{low:g}, {high:g}], eta {options['eta']:g}, tau {tau}, "
+        f"moving average {options['ema_decay']:g}",
+        f"  relational CKA: omega {options['rcka_weight']:g}, "
+        f"warmed up over {options['rcka_warmup_steps']} steps",
+    ]
