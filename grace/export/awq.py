@@ -1,0 +1,149 @@
+"""The AWQ "gemm" bit layout: integer codes and scales in, the three stored tensors out, and back.
+
+Both directions are exact. A bfloat16 scale in [2^-14, 2^15] has the same value in fp16, so nothing is
+rounded (DESIGN section 4, "Why snap"); a scale that would be is refused.
+
+    W[o, i] = scales[i // g, o] * (q[i, o] - 8),   q = code + 8
+
+Shape suffixes: O output features, I input features, G groups (= I / g), W words (= O / 8).
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from grace.kernels.awq_layout import PER_WORD, pack_transposed, unpack_transposed
+
+BITS = 4
+ZERO_POINT = 8
+# Eight zero points of 8 in one word, as a signed 32-bit integer.
+ZERO_WORD = 0x88888888 - (1 << 32)
+
+
+def pack(codes_OI: Tensor, scales_OG: Tensor, group_size: int = 128) -> dict[str, Tensor]:
+    """Packs one linear.
+
+    Args:
+        codes_OI: int8 in [-8, 7].
+        scales_OG: bfloat16, each exact in fp16.
+        group_size: inputs per scale.
+
+    Returns:
+        `qweight` int32 [I, O / 8], `qzeros` int32 [I / g, O / 8] (all 8), `scales` fp16 [I / g, O].
+
+    Raises:
+        ValueError: types, shapes or values that the format cannot hold exactly.
+    """
+    check_shapes(codes_OI, scales_OG, group_size)
+    return {
+        "qweight": pack_codes(codes_OI),
+        "qzeros": zero_words(scales_OG),
+        "scales": pack_scales(scales_OG),
+    }
+
+
+def pack_codes(codes_OI: Tensor) -> Tensor:
+    """The `qweight` of `pack` alone.
+
+    Raises:
+        ValueError: a code outside [-8, 7].
+    """
+    if codes_OI.numel():
+        low, high = (int(value) for value in codes_OI.aminmax())
+        if low < -ZERO_POINT or high >= ZERO_POINT:
+            raise ValueError(f"codes span [{low}, {high}]: AWQ holds 4 bits only, [-8, 7]")
+    # Offset binary: adding 8 modulo 256 turns -8..7 into 0..15.
+    return pack_transposed(codes_OI.view(torch.uint8) + ZERO_POINT)
+
+
+def pack_scales(scales_OG: Tensor) -> Tensor:
+    """The `scales` of `pack` alone.
+
+    Raises:
+        ValueError: a scale that is not finite, or that fp16 cannot hold exactly.
+    """
+    scales_GO = scales_OG.t().to(torch.float16).contiguous()
+    if not bool(scales_GO.isfinite().all()) or not torch.equal(scales_GO.float(), scales_OG.t().float()):
+        raise ValueError("scales must be finite and exact in fp16: bfloat16 values within [2^-14, 2^15]")
+    return scales_GO
+
+
+def zero_words(scales_OG: Tensor) -> Tensor:
+    """The `qzeros` of `pack` alone: zero point 8 everywhere."""
+    out_features, groups = scales_OG.shape
+    shape = (groups, out_features // PER_WORD)
+    return torch.full(shape, ZERO_WORD, dtype=torch.int32, device=scales_OG.device)
+
+
+def unpack(
+    qweight: Tensor | Mapping[str, Tensor],
+    qzeros: Tensor | None = None,
+    scales: Tensor | None = None,
+    group_size: int = 128,
+) -> tuple[Tensor, Tensor]:
+    """Inverse of `pack`.
+
+    Args:
+        qweight: int32 [I, O / 8], or the whole dict that `pack` returns.
+        qzeros: int32 [I / g, O / 8].
+        scales: fp16 [I / g, O].
+        group_size: inputs per scale.
+
+    Returns:
+        codes int8 [O, I] and scales bfloat16 [O, I / g].
+
+    Raises:
+        ValueError: shapes that do not fit, zero points other than 8, or scales that bfloat16 cannot hold:
+            such tensors were not written from symmetric codes.
+    """
+    if isinstance(qweight, Mapping):
+        qweight, qzeros, scales = (qweight[name] for name in ("qweight", "qzeros", "scales"))
+    if qzeros is None or scales is None:
+        raise ValueError("unpack needs qweight, qzeros and scales")
+    _check_packed(qweight, qzeros, scales, group_size)
+    if not bool((qzeros == ZERO_WORD).all()):
+        raise ValueError(
+            "zero points are not all 8: these weights are asymmetric and have no symmetric codes"
+        )
+    scales_OG = scales.t().to(torch.bfloat16).contiguous()
+    if not torch.equal(scales_OG.float(), scales.t().float()):
+        raise ValueError("scales are not exact in bfloat16: these weights were not exported by GRACE")
+    codes_OI = (unpack_transposed(qweight) - ZERO_POINT).view(torch.int8)
+    return codes_OI, scales_OG
+
+
+def check_shapes(codes_OI: Tensor, scales_OG: Tensor, group_size: int) -> None:
+    """Raises `ValueError` unless codes [O, I] and scales [O, I / g] fit each other and the format."""
+    if codes_OI.dtype != torch.int8 or codes_OI.ndim != 2:
+        raise ValueError(f"codes must be int8 [out, in], not {codes_OI.dtype} {tuple(codes_OI.shape)}")
+    out_features, in_features = codes_OI.shape
+    if group_size < 1 or in_features % group_size:
+        raise ValueError(f"in_features {in_features} is not divisible by the group size {group_size}")
+    if out_features % PER_WORD:
+        raise ValueError(f"out_features {out_features} is not divisible by {PER_WORD}, the codes in one word")
+    expected = (out_features, in_features // group_size)
+    if scales_OG.dtype != torch.bfloat16 or tuple(scales_OG.shape) != expected:
+        raise ValueError(
+            f"scales must be bfloat16 {expected}, not {scales_OG.dtype} {tuple(scales_OG.shape)}"
+        )
+
+
+def _check_packed(qweight_IW: Tensor, qzeros_GW: Tensor, scales_GO: Tensor, group_size: int) -> None:
+    if qweight_IW.dtype != torch.int32 or qweight_IW.ndim != 2:
+        raise ValueError(
+            f"qweight must be int32 [in, out / 8], not {qweight_IW.dtype} {tuple(qweight_IW.shape)}"
+        )
+    in_features, words = qweight_IW.shape
+    if group_size < 1 or in_features % group_size:
+        raise ValueError(f"in_features {in_features} is not divisible by the group size {group_size}")
+    groups = in_features // group_size
+    if qzeros_GW.dtype != torch.int32 or tuple(qzeros_GW.shape) != (groups, words):
+        raise ValueError(
+            f"qzeros must be int32 {(groups, words)}, not {qzeros_GW.dtype} {tuple(qzeros_GW.shape)}"
+        )
+    if scales_GO.dtype != torch.float16 or tuple(scales_GO.shape) != (groups, words * PER_WORD):
+        raise ValueError(
+            f"scales must be fp16 {(groups, words * PER_WORD)}, "
+            f"not {scales_GO.dtype} {tuple(scales_GO.shape)}"
+        )
