@@ -1,0 +1,171 @@
+"""python benchmarks/pack_2b.py [--latents] [--folder DIR]
+
+What packing a 2B model costs: a QAT checkpoint with the shapes of Qwen3-VL-2B and random codes is written
+to a temporary folder (10 GB; 16 GB with `--latents`, the checkpoint a run ends with) and packed as AWQ in
+a fresh process. Bound: 20 s on 2 cores, 1.5 GB resident. Counted: reading and checking the checkpoint
+(its SHA-256 included), packing, writing. Not counted: the parity gate, which runs the model itself.
+
+Prints a table and, last, one line of JSON.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import safe_open
+
+from grace.checkpoint import QAT_FOLDER
+from grace.export.stream import Entry, write_safetensors
+from grace.files import sha256_of
+from grace.models import qwen3vl
+
+BASE = "Qwen/Qwen3-VL-2B-Instruct"
+GROUP_SIZE = 128
+SECONDS, GIGABYTES = 20.0, 1.5
+
+
+def write_checkpoint(folder: Path, latents: bool) -> None:
+    """A QAT directory of 2B shapes: W_hat and the rest in fp32, as a run saves it, all of it noise."""
+    config = qwen3vl.config_for(BASE)
+    model = qwen3vl.skeleton(config)
+    linears = qwen3vl.decoder_linears(model)
+    noise = torch.randn(2**22)
+
+    def random(shape: tuple[int, ...]) -> torch.Tensor:
+        return noise.repeat(-(-torch.Size(shape).numel() // len(noise)))[: torch.Size(shape).numel()].view(
+            shape
+        )
+
+    dense, state = [], []
+    for name, tensor in model.state_dict().items():
+        if name != "lm_head.weight":
+            shape = tuple(tensor.shape)
+            dense.append(Entry(name, torch.float32, shape, lambda shape=shape: random(shape)))
+    for name, layer in linears.items():
+        codes, scales = (
+            (layer.out_features, layer.in_features),
+            (layer.out_features, layer.in_features // GROUP_SIZE),
+        )
+        state += [
+            Entry(
+                f"{name}.codes",
+                torch.int8,
+                codes,
+                lambda s=codes: (random(s) * 3).clamp_(-8, 7).to(torch.int8),
+            ),
+            Entry(
+                f"{name}.scales", torch.bfloat16, scales, lambda s=scales: (random(s).abs() + 1).bfloat16()
+            ),
+        ]
+        if latents:
+            state += [
+                Entry(f"{name}.latent", torch.float32, codes, lambda s=codes: random(s)),
+                Entry(f"{name}.theta", torch.float32, scales, lambda s=scales: random(s)),
+            ]
+    write_safetensors(folder / "model.safetensors", dense, {"format": "pt"})
+    config.save_pretrained(folder)
+    (folder / "tokenizer.json").write_text("{}")  # copied, not read
+    (folder / QAT_FOLDER).mkdir()
+    write_safetensors(folder / QAT_FOLDER / "state.safetensors", state, {})
+    info = {
+        "format_version": 1,
+        "bits": 4,
+        "group_size": GROUP_SIZE,
+        "modules": sorted(linears),
+        "state_sha256": sha256_of(folder / QAT_FOLDER / "state.safetensors"),
+    }
+    (folder / QAT_FOLDER / "info.json").write_text(json.dumps(info))
+
+
+def pack(source: Path, out: Path) -> dict[str, float]:
+    """Packs `source` into the new directory `out`: seconds by phase and the peak resident memory."""
+    from grace.export.pack import write_awq
+    from grace.export.source import open_source
+    from grace.files import new_directory
+
+    start, cpu = time.perf_counter(), time.process_time()
+    opened = open_source(source)
+    opened_at = time.perf_counter()
+    with new_directory(out) as scratch:
+        write_awq(opened, scratch)
+        written_at = time.perf_counter()
+    end = time.perf_counter()
+    return {
+        "read_and_check_s": opened_at - start,
+        "pack_and_write_s": written_at - opened_at,
+        "sync_s": end - written_at,
+        "total_s": end - start,
+        "cpu_s": time.process_time() - cpu,  # without what a busy machine adds
+        "peak_resident_gb": peak_resident_bytes() / 1e9,
+    }
+
+
+def peak_resident_bytes() -> int:
+    """Of this process. Linux counts the parent's memory into a child's `ru_maxrss`, so not that one there."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--latents", action="store_true", help="with fp32 latents, as a run leaves them")
+    parser.add_argument("--folder", type=Path, help="where to write; default: the system's temporary folder")
+    parser.add_argument("--out", type=Path, help="also write the JSON here")
+    parser.add_argument("--pack", type=Path, nargs=2, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.pack:
+        print(json.dumps(pack(*args.pack)))
+        return
+    with tempfile.TemporaryDirectory(dir=args.folder) as name:
+        source = Path(name) / "qat"
+        source.mkdir()
+        write_checkpoint(source, args.latents)
+        os.sync()  # or the 10 GB still on their way to the disk would be waited for by the packer
+        command = [sys.executable, __file__, "--pack", str(source), str(Path(name) / "awq")]
+        figures: dict[str, Any] = json.loads(
+            subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout
+        )
+        out = Path(name) / "awq" / "model.safetensors"
+        figures["written_gb"] = out.stat().st_size / 1e9
+        with safe_open(out, framework="pt") as file:
+            figures["tensors"] = len(list(file.keys()))
+    for name, value in figures.items():
+        print(f"{name:20} {value:10.2f}")
+    met = figures["total_s"] <= SECONDS and figures["peak_resident_gb"] <= GIGABYTES
+    print(f"bound: {SECONDS:g} s, {GIGABYTES:g} GB resident: {'met' if met else 'MISSED'}")
+    about = {
+        "benchmark": "pack_2b",
+        "latents": args.latents,
+        "cores": os.cpu_count(),
+        "load_average": os.getloadavg()[0],
+        "threads": torch.get_num_threads(),
+        "machine": platform.machine(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "date": datetime.date.today().isoformat(),
+        "met": met,
+    }
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(about | figures, indent=1) + "\n")
+    print(json.dumps(about | figures))
+
+
+if __name__ == "__main__":
+    main()
