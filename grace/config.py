@@ -175,7 +175,20 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         sources[f"{section}.{key}"] = f"override {show(override)}"
     recipe = build(Recipe, values, lambda name: sources.get(name, str(file)))
     _check_together(recipe, str(file))
-    return recipe
+    return _with_packaged_models(recipe)
+
+
+def _with_packaged_models(recipe: Recipe) -> Recipe:
+    """Models under recipes/ come with the package: found from any directory."""
+
+    def found(path: str) -> str:
+        return str(resource(path)) if path.startswith("recipes/") else path
+
+    student, teacher = recipe.student, recipe.teacher
+    student = dataclasses.replace(student, path=found(student.path))
+    if teacher.path is not None:
+        teacher = dataclasses.replace(teacher, path=found(teacher.path))
+    return dataclasses.replace(recipe, student=student, teacher=teacher)
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -239,9 +252,21 @@ def _check_together(recipe: Recipe, source: str) -> None:
 # ---------------------------------------------------------------- writing and comparing
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes text with characters that YAML would take for line breaks (such as U+0085) or drop."""
+
+
+_Dumper.add_representer(
+    str,
+    lambda dumper, text: dumper.represent_scalar(
+        "tag:yaml.org,2002:str", text, style=None if text.isprintable() else '"'
+    ),
+)
+
+
 def to_yaml(recipe: Recipe) -> str:
     """The resolved recipe as YAML, every field written out."""
-    return yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False, allow_unicode=True)
+    return yaml.dump(dataclasses.asdict(recipe), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def recipe_hash(recipe: Recipe) -> str:

@@ -43,6 +43,15 @@ def write_text(path: Path, text: str) -> None:
     sync(path.parent)
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Removes what a killed `write_text` or `new_directory` left in a folder that nobody else writes to."""
+    for path in folder.glob(".*.tmp-*"):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
 def require_free(path: Path, flag: str = "--out") -> None:
     """Raises `UserError` when `path` already holds something that would be overwritten."""
     if path.is_file() or (path.is_dir() and any(path.iterdir())):

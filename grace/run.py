@@ -21,12 +21,14 @@ from grace import checkpoint
 from grace.config import Recipe, load_recipe, recipe_diff, recipe_hash, to_yaml
 from grace.distill.controller import IBController
 from grace.errors import UserError
-from grace.files import write_text
+from grace.files import remove_leftovers, write_text
 from grace.models import qwen3vl
 from grace.models.processor import load_processor
 from grace.quant.grid import dequantize
 from grace.step import Objective, StudentWithLoss
 from grace.tracking import Tracker
+
+RECIPE_FILE = "recipe.yaml"
 
 # Settings that may differ between the two halves of an interrupted run: they do not touch its numbers.
 RESUME_MAY_CHANGE = (
@@ -189,23 +191,28 @@ def claimed(run_dir: Path, recipe: Recipe, is_main: bool) -> Iterator[None]:
     except OSError as error:
         raise UserError(f"cannot write to {run_dir} ({error.strerror}): set run.output_dir") from error
     with lock:
+        for folder in (run_dir, run_dir / "checkpoints"):
+            remove_leftovers(folder)
         require_same_recipe(run_dir, recipe)
         yield
 
 
 def require_same_recipe(run_dir: Path, recipe: Recipe) -> None:
-    """Writes the resolved recipe of a new run, or checks it against that of the run found there.
+    """Checks a recipe against that of the run found in the directory, if one is there.
+
+    A run that has saved nothing yet has nothing to lose: its recipe may be corrected.
 
     Raises:
         UserError: the directory belongs to another recipe, or to something that is no run.
     """
-    written = run_dir / "recipe.yaml"
+    written = run_dir / RECIPE_FILE
     if not written.exists():
         if any(not path.name.startswith(".") for path in run_dir.iterdir()):  # but for locks and temporaries
             raise UserError(
                 f"{run_dir} holds files that are not a run's: set run.output_dir to a new directory"
             )
-        write_text(written, to_yaml(recipe))
+        return
+    if not checkpoint.checkpoint_paths(run_dir) and not (run_dir / "model").exists():
         return
     changes = [
         change
@@ -237,7 +244,9 @@ def save_resume_state(run: Run, tracker: Tracker, run_dir: Path) -> None:
 
 
 def resume(run: Run, tracker: Tracker, run_dir: Path) -> None:
-    """Continues from the newest checkpoint, or starts the log of a new run."""
+    """Continues from the newest checkpoint, or starts a new run: its recipe and its log."""
+    if run.accelerator.is_main_process:
+        write_text(run_dir / RECIPE_FILE, to_yaml(run.recipe))
     saved = checkpoint.load_newest_checkpoint(run_dir)
     if saved is None:
         tracker.start(0, None)

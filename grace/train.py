@@ -24,7 +24,7 @@ from grace.data.batch import Batch, collate
 from grace.data.records import Record, load_records
 from grace.data.sampler import split_step, step_indices
 from grace.data.template import encode
-from grace.errors import Parser, run_command
+from grace.errors import Parser, UserError, run_command
 from grace.evaluation.exact_match import evaluate
 from grace.evaluation.samples import sample_table
 from grace.models.processor import load_processor
@@ -113,7 +113,18 @@ class StepBatches(Dataset):
         self.recipe, self.records, self.processor = run.recipe, records, processor
         self.rank, self.world_size = run.accelerator.process_index, run.accelerator.num_processes
 
-    def __getitem__(self, step: int) -> list[Batch | None]:
+    def __getitem__(self, step: int) -> list[Batch | None] | UserError:
+        try:
+            return self.batches(step)
+        except UserError as error:  # raised in a worker process, it would arrive with the worker's trace
+            return error
+
+    def batches(self, step: int) -> list[Batch | None]:
+        """The micro-batches themselves.
+
+        Raises:
+            UserError: a record or picture that cannot be used.
+        """
         recipe = self.recipe
         indices = step_indices(step, recipe.optim.batch_size, len(self.records), recipe.run.seed)
         shares = split_step(indices, self.rank, self.world_size, recipe.run.micro_batch_size)
@@ -151,6 +162,8 @@ def loop(
         num_workers=run.recipe.data.num_workers,
     )  # fmt: skip
     for step, micro_batches in zip(steps, loader, strict=True):
+        if isinstance(micro_batches, UserError):
+            raise micro_batches
         values, tokens = one_step(run, [batch and batch.to(device) for batch in micro_batches], step)
         run.step = step + 1
         tracker.add(run.step, values, tokens)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from grace.config import Recipe, load_recipe, recipe_diff, recipe_hash, resource, to_yaml
@@ -254,12 +254,22 @@ def test_empty_section_and_byte_order_mark_are_fine(recipe_file):
     assert load_recipe(recipe_file, ["quant.bits=8"]).quant.bits == 8
 
 
+def test_packaged_models_are_found_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recipe = load_recipe("small_world/grace_w4.yaml")
+    for path in (recipe.student.path, recipe.teacher.path):
+        assert path is not None and (Path(path) / "model.safetensors").is_file()
+    with pytest.raises(UserError, match="there is no recipes/no/such/model"):
+        load_recipe("small_world/grace_w4.yaml", ["student.path=recipes/no/such/model"])
+
+
 numbers = st.floats(min_value=1e-12, max_value=1e12)
 paths = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(str.strip)
 
 
 @settings(deadline=None, max_examples=60)
 @given(lr=numbers, tau=st.one_of(numbers, st.just("auto")), path=paths, seed=st.integers(0, 2**32 - 1))
+@example(lr=1.0, tau="auto", path="a\x85b\u2028c\ufeff", seed=0)  # line breaks to YAML, not to Python
 def test_round_trip_through_yaml(tmp_path_factory, lr, tau, path, seed):
     folder = tmp_path_factory.getbasetemp()
     (folder / "a.yaml").write_text(yaml.safe_dump(MINIMAL))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,14 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from grace.checkpoint import checkpoint_paths, read_qat
 from grace.config import load_recipe
 from grace.errors import UserError
 from grace.quant.grid import dequantize, quantize
 from grace.run import total_steps
-from grace.train import learning_rate_factor, train
+from grace.train import learning_rate_factor, main, train
 
 
 @pytest.fixture
@@ -156,6 +157,29 @@ def test_damaged_newest_checkpoint_is_named_and_passed_over(tmp_path, overrides,
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
+def test_leftovers_of_a_kill_are_removed(tmp_path, overrides):
+    run_dir = tmp_path / "run"
+    train(load_recipe(RECIPE, overrides(run_dir, "run.max_steps=1")))
+    for name in (".model.tmp-abc", "checkpoints/.step-000002.tmp-abc"):
+        (run_dir / name).mkdir()
+        (run_dir / name / "half").write_text("")
+    (run_dir / ".recipe.yaml.tmp-abc").write_text("half")
+    train(load_recipe(RECIPE, overrides(run_dir, "run.max_steps=1")))
+    assert not list(run_dir.rglob("*tmp-*"))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_truncated_picture_is_one_line_and_exit_code_2(tmp_path, overrides, tiny_world_dir, workers, capfd):
+    shutil.copytree(tiny_world_dir, tmp_path / "world")
+    pictures = sorted((tmp_path / "world" / "images" / "qat_train").iterdir())
+    for picture in pictures:
+        picture.write_bytes(picture.read_bytes()[:500])
+    arguments = overrides(tmp_path / "run", f"data.num_workers={workers}")
+    assert main([RECIPE, *arguments, f"data.path={tmp_path / 'world' / 'qat_train.json'}"]) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("error: record qat_train-") and "replace it or drop the record" in line
+
+
 def test_finished_run_is_left_alone(tmp_path, overrides, capfd):
     recipe = load_recipe(RECIPE, overrides(tmp_path / "run", "run.max_steps=1"))
     train(recipe)
@@ -175,6 +199,15 @@ def test_output_directory_of_another_recipe_is_refused(tmp_path, overrides):
         train(load_recipe(RECIPE, overrides(tmp_path / "mine")))
 
 
+def test_mistake_before_the_first_checkpoint_can_be_corrected(tmp_path, overrides):
+    with pytest.raises(UserError, match="does not exist"):
+        train(load_recipe(RECIPE, overrides(tmp_path / "run", "data.path=nowhere.json")))
+    with pytest.raises(UserError, match="more than data.max_length=8"):
+        train(load_recipe(RECIPE, overrides(tmp_path / "run", "data.max_length=8")))
+    train(load_recipe(RECIPE, overrides(tmp_path / "run", "run.max_steps=1")))
+    assert load_recipe(tmp_path / "run" / "recipe.yaml").data.max_length > 8
+
+
 def test_output_directory_of_a_live_run_is_refused(tmp_path, overrides):
     import fcntl
 
@@ -186,10 +219,6 @@ def test_output_directory_of_a_live_run_is_refused(tmp_path, overrides):
 
 
 def test_non_finite_loss_stops_before_the_step_and_names_the_records(tmp_path, overrides, tiny_student_dir):
-    import shutil
-
-    from safetensors.torch import save_file
-
     broken = tmp_path / "broken"
     shutil.copytree(tiny_student_dir, broken)
     weights = load_file(broken / "model.safetensors")
