@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from grace.config import Recipe
+from grace.distill.fused import CHUNK_BYTES
 from grace.models import qwen3vl
 
 GIB = 2**30
@@ -22,9 +23,6 @@ DECODER = {"bf16": {"D": 26, "Q": 10, "K": 10, "F": 8}, "fp32": {"D": 24, "Q": 1
 VISION = {"bf16": {"D": 22, "F": 4}, "fp32": {"D": 44, "F": 8}}
 MERGER = {"bf16": 8, "fp32": 16}
 EMBEDDING = 9  # bytes per token and width around the decoder: embedding output, final norm
-# Largest bytes alive at once per supervised token and vocabulary entry: dense logits of both models,
-# their softmaxes and the gradient (measured by following every allocation of `micro_batch_loss`).
-LOGITS = {"none": 16, "kl": 33, "gdkd": 37}
 PATCHES_PER_TOKEN = 4
 
 
@@ -81,15 +79,7 @@ def memory(sizes: Sizes, recipe: Recipe) -> dict[str, Any]:
             _activation_formula(precision, checkpointing),
         )
     )
-    loss = recipe.distill.loss
-    vocabulary = sizes.student.config.text_config.vocab_size
-    items.append(
-        (
-            "logits",
-            LOGITS[loss] * sizes.records * sizes.supervised * vocabulary,
-            f"{LOGITS[loss]} bytes x supervised tokens of a micro-batch x V (dense)",
-        )
-    )
+    items += _loss_items(sizes, width)
     rows = [{"name": name, "gib": size / GIB, "formula": formula} for name, size, formula in items if size]
     return {"items": rows, "total_gib": sum(row["gib"] for row in rows), "activations": _both(sizes, recipe)}
 
@@ -119,6 +109,17 @@ def activation_bytes(
         )
         tower = vision.depth * 4 * vision.hidden_size + block if checkpointing else vision.depth * block
     return tokens * (decoder + EMBEDDING * text.hidden_size) + patches * (mergers + tower)
+
+
+def _loss_items(sizes: Sizes, width: int) -> list[tuple[str, int, str]]:
+    """What `grace.distill.fused` holds beside its inputs."""
+    text = sizes.student.config.text_config
+    dense = width * sizes.records * sizes.supervised * text.vocab_size
+    chunk = min(dense, CHUNK_BYTES["cuda"]) * 5 // 4  # the teacher's logits come a quarter at a time
+    return [
+        ("logits", chunk, f"one chunk, at most 5/4 x {CHUNK_BYTES['cuda'] // 2**20} MiB"),
+        ("head gradient", 4 * text.vocab_size * text.hidden_size, "4 bytes x V x D, of one micro-batch"),
+    ]
 
 
 def _both(sizes: Sizes, recipe: Recipe) -> dict[str, float]:

@@ -84,6 +84,7 @@ def set_up(recipe: Recipe, accelerator: Accelerator, tokenizer: Any, steps: int)
         qwen3vl.freeze_vision(model)
     if recipe.quant.bits is not None:
         put_quantizer(model, recipe)
+    qwen3vl.put_loss_head(model)
     if recipe.run.gradient_checkpointing:
         qwen3vl.enable_checkpointing(model)
     teacher, vocabulary = None, qwen3vl.head_weight(model).shape[0]

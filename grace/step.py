@@ -7,6 +7,7 @@ Shape suffixes: T supervised tokens, V vocabulary.
 """
 
 import contextlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from grace.data.batch import Batch
 from grace.distill.objective import micro_batch_loss
-from grace.distill.teacher import TeacherSignals, supervised, teacher_signals, vocabulary_logits
+from grace.distill.teacher import TeacherSignals, supervised, teacher_signals
 from grace.models import qwen3vl
 
 
@@ -87,21 +88,18 @@ class StudentWithLoss(nn.Module):
             return nothing, torch.zeros(4, dtype=torch.float64, device=nothing.device)
         hidden = qwen3vl.hidden_states(self.model, batch)
         hidden_TD, targets_T = supervised(hidden.final_BLD, batch.labels_BL)
-        logits_TV = self.model.lm_head(hidden_TD).float()
-        shared = self.objective.vocabulary
-        teacher_logits_TV = gate_T = None
         student_visual: tuple[Tensor, ...] = ()
-        if signals is not None and head_VE is not None:
-            teacher_logits_TV = vocabulary_logits(signals.hidden_TE, head_VE, shared).float()
-            gate_T = signals.gate_T
-            if weights.omega > 0:
-                student_visual = qwen3vl.visual_tokens(self.model, hidden.last_layer_input_BLD, batch)
-        total, parts = micro_batch_loss(
-            logits_TV,
+        if signals is not None and weights.omega > 0:
+            student_visual = qwen3vl.visual_tokens(self.model, hidden.last_layer_input_BLD, batch)
+        total, parts = qwen3vl.loss_through_head(
+            self.model,
+            micro_batch_loss,
+            hidden_TD,
             targets_T,
             token_count=counts.tokens,
-            teacher_logits_TV=teacher_logits_TV,
-            gate_T=gate_T,
+            teacher_hidden_TE=None if signals is None else signals.hidden_TE,
+            teacher_head_VE=head_VE,
+            gate_T=None if signals is None else signals.gate_T,
             gate_sum=counts.gate_sum,
             beta=weights.beta,
             kind=self.objective.kind if signals is not None else "none",
@@ -152,6 +150,16 @@ def count_step(
     return StepCounts(max(tokens, 1.0), max(gate_sum, 1e-12), max(images, 1.0))
 
 
+def non_finite(batches: Sequence[Batch | None], signals: Sequence[TeacherSignals | None]) -> list[str]:
+    """Records of this rank's micro-batches in which the teacher's gates are NaN."""
+    return [
+        record_id
+        for batch, signal in zip(batches, signals, strict=True)
+        if batch is not None and signal is not None and not bool(signal.gate_T.isfinite().all())
+        for record_id in batch.record_ids
+    ]
+
+
 def reduce_sum(accelerator: Accelerator, values: Tensor) -> Tensor:
     """Sum over ranks."""
     return accelerator.reduce(values, reduction="sum")  # type: ignore[return-value]
@@ -173,6 +181,10 @@ def forward_backward(
     """
     signals = run_teacher(teacher, batches, vocabulary) if teacher is not None else [None] * len(batches)
     counts = count_step(accelerator, batches, signals)
+    if not math.isfinite(counts.gate_sum):
+        raise NonFiniteLoss(
+            f"the teacher's output is not finite; records concerned: {non_finite(batches, signals)}"
+        )
     head_VE = qwen3vl.head_weight(teacher) if teacher is not None else None
     sums = torch.zeros(4, dtype=torch.float64, device=accelerator.device)
     suspects: list[str] = []

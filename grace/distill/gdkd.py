@@ -25,6 +25,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from grace.distill.bernoulli import binary_kl, expectation
+from grace.distill.fused import fused_ce_gdkd, teacher_gates
+
+__all__ = [
+    "confidence_gate",
+    "dkd_per_token",
+    "fused_ce_gdkd",
+    "gated_dkd",
+    "kl_per_token",
+    "teacher_gates",
+]
+
 
 def dkd_per_token(
     student_TV: Tensor,
@@ -48,7 +60,7 @@ def dkd_per_token(
     student_odds_T, student_rest_TV = _decouple(_full_precision(student_TV), targets_T, temperature)
     with torch.no_grad():
         teacher_odds_T, teacher_rest_TV = _decouple(_full_precision(teacher_TV), targets_T, temperature)
-    tckd_T = _binary_kl(teacher_odds_T, student_odds_T)
+    tckd_T = binary_kl(teacher_odds_T, student_odds_T)
     nckd_T = _kl(teacher_rest_TV, student_rest_TV)
     return temperature**2 * (tckd_weight * tckd_T + nckd_weight * nckd_T)
 
@@ -121,23 +133,6 @@ def _decouple(logits_TV: Tensor, targets_T: Tensor, temperature: float) -> tuple
     return odds_T1.squeeze(-1), rest_TV - log_mass_T1
 
 
-def _binary_kl(teacher_odds_T: Tensor, student_odds_T: Tensor) -> Tensor:
-    """KL between two Bernoulli distributions given by their log-odds."""
-    # Both certain, and of the same: 0, without inf - inf.
-    same_T = torch.isinf(teacher_odds_T) & (teacher_odds_T == student_odds_T)
-    teacher_T = torch.where(same_T, 0.0, teacher_odds_T)
-    student_T = torch.where(same_T, 0.0, student_odds_T)
-    yes_T = _expectation(F.logsigmoid(teacher_T), F.logsigmoid(student_T))
-    no_T = _expectation(F.logsigmoid(-teacher_T), F.logsigmoid(-student_T))
-    # Close together these two cancel. With p of the rarer outcome and the step d from the teacher's
-    # log-odds to the student's, the same KL is log(1 + p (e^d - 1)) - p d.
-    step_T = torch.where(teacher_T > 0, teacher_T - student_T, student_T - teacher_T)
-    near_T = step_T.abs() < 0.5
-    step_T = torch.where(near_T, step_T, 0.0)
-    rare_T = torch.sigmoid(-teacher_T.abs())
-    return torch.where(near_T, torch.log1p(rare_T * step_T.expm1()) - rare_T * step_T, yes_T + no_T)
-
-
 def _kl(teacher_log_TV: Tensor, student_log_TV: Tensor) -> Tensor:
     """KL of two log-distributions over the last dimension, [T].
 
@@ -145,14 +140,7 @@ def _kl(teacher_log_TV: Tensor, student_log_TV: Tensor) -> Tensor:
     the terms of the sum to second order only, and nearly equal distributions keep their digits.
     """
     surplus_TV = student_log_TV.exp() - teacher_log_TV.exp()
-    return (_expectation(teacher_log_TV, student_log_TV) + surplus_TV).sum(-1)
-
-
-def _expectation(teacher_log: Tensor, student_log: Tensor) -> Tensor:
-    """p (log p - log q), 0 where p = 0; q = 0 < p is an honest infinity."""
-    possible = teacher_log > -torch.inf
-    difference = torch.where(possible, teacher_log, 0.0) - torch.where(possible, student_log, 0.0)
-    return teacher_log.exp() * difference
+    return (expectation(teacher_log_TV, student_log_TV) + surplus_TV).sum(-1)
 
 
 def _full_precision(logits_TV: Tensor) -> Tensor:

@@ -3,17 +3,16 @@
 The teacher runs first over every micro-batch of an optimizer step, so that the step's normalisers
 are known before the student runs (DESIGN section 4). Only what is used is kept.
 
-Shape suffixes: B batch, L sequence, T supervised tokens, D/E student/teacher width, V vocabulary.
+Shape suffixes: B batch, L sequence, T supervised tokens, E teacher width, V vocabulary.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from grace.distill.gdkd import confidence_gate
+from grace.distill.fused import teacher_gates
 from grace.distill.rcka import gram_is_degenerate
 
 IGNORE_INDEX = -100
@@ -45,21 +44,12 @@ def supervised(hidden_BLD: Tensor, labels_BL: Tensor) -> tuple[Tensor, Tensor]:
     return hidden_BLD[:, :-1][predicts_BL], labels_BL[:, 1:][predicts_BL]
 
 
-def vocabulary_logits(hidden_TD: Tensor, head_VD: Tensor, vocabulary: int) -> Tensor:
-    """Logits over the first `vocabulary` entries (models pad theirs differently)."""
-    return F.linear(hidden_TD, head_VD[:vocabulary].to(hidden_TD.dtype))
-
-
 @torch.no_grad()
 def teacher_signals(
-    hidden_TE: Tensor, head_VE: Tensor, visual: Sequence[Tensor], vocabulary: int, chunk: int = 1024
+    hidden_TE: Tensor, head_VE: Tensor, visual: Sequence[Tensor], vocabulary: int
 ) -> TeacherSignals:
-    """Computes gates and image counts; logits exist for `chunk` tokens at a time only."""
-    gates = [
-        confidence_gate(vocabulary_logits(part, head_VE, vocabulary).float())
-        for part in hidden_TE.split(chunk)
-    ]
-    gate_T = torch.cat(gates) if gates else hidden_TE.new_zeros(0, dtype=torch.float32)
+    """Computes gates over the first `vocabulary` entries, and image counts; logits exist chunk by chunk only."""
+    gate_T = teacher_gates(hidden_TE, head_VE, shared=vocabulary)
     usable = [~gram_is_degenerate(image) for image in visual]
     image_count = (
         torch.stack(usable).sum() if usable else torch.zeros((), dtype=torch.long, device=hidden_TE.device)

@@ -7,6 +7,7 @@ Shape suffixes: B batch, L sequence, D hidden width, V vocabulary.
 """
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -215,6 +216,42 @@ def is_merger(name: str) -> bool:
 def is_vision(name: str) -> bool:
     """Whether a full parameter name belongs to the vision tower (mergers included)."""
     return name.startswith("model.visual.")
+
+
+class LossHead(nn.Linear):
+    """An output layer whose forward pass can hand its weight to a loss: `head(hidden, loss=f, ...)`.
+
+    The full logits never exist then, and whatever gathers a sharded weight around a module's forward
+    (FSDP, ZeRO-3) has gathered it.
+    """
+
+    def forward(
+        self, input: Tensor, *args: Any, loss: Callable[..., Any] | None = None, **options: Any
+    ) -> Any:
+        """Logits, or `loss(input, weight, *args, **options)`."""
+        if loss is None:
+            return super().forward(input)
+        return loss(input, self.weight, *args, **options)
+
+
+def put_loss_head(model: Qwen3VLForConditionalGeneration) -> None:
+    """Makes the output layer a `LossHead` on the same weight, which stays tied where it is."""
+    weight = model.lm_head.weight
+    with torch.device("meta"):
+        head = LossHead(weight.shape[1], weight.shape[0], bias=False)
+    head.weight = weight
+    model.lm_head = head
+
+
+def loss_through_head(
+    model: Qwen3VLForConditionalGeneration,
+    loss: Callable[..., Any],
+    hidden: Tensor,
+    *args: Any,
+    **options: Any,
+) -> Any:
+    """`loss(hidden, head weight, *args, **options)`, called inside the output layer's forward pass."""
+    return model.lm_head(hidden, *args, loss=loss, **options)
 
 
 def head_weight(model: Qwen3VLForConditionalGeneration) -> Tensor:

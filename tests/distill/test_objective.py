@@ -1,6 +1,7 @@
 """The loss of a step is the sum over its micro-batches, and is the equation in float64."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,21 @@ from grace.distill.objective import LossParts, micro_batch_loss
 from grace.distill.rcka import rcka_loss
 
 BETA, OMEGA, VOCABULARY = 0.7, 3.0, 13
+
+
+def plain_head(logits_TV: Tensor) -> Tensor:
+    """The head that makes hidden states their own logits."""
+    return torch.eye(logits_TV.shape[-1], dtype=logits_TV.dtype)
+
+
+def loss_of(student_TV: Tensor, targets_T: Tensor, teacher_TV: Tensor | None = None, **options: Any):
+    """`micro_batch_loss` of logits."""
+    teacher = (
+        {}
+        if teacher_TV is None
+        else {"teacher_hidden_TE": teacher_TV, "teacher_head_VE": plain_head(teacher_TV)}
+    )
+    return micro_batch_loss(student_TV, plain_head(student_TV), targets_T, **teacher, **options)
 
 
 def randn(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -38,11 +54,11 @@ class Step:
     def loss(
         self, kind: str, tokens: slice = slice(None), images: slice = slice(None)
     ) -> tuple[Tensor, LossParts]:
-        return micro_batch_loss(
+        return loss_of(
             self.student_TV[tokens],
             self.targets_T[tokens],
+            self.teacher_TV[tokens],
             token_count=8.0,
-            teacher_logits_TV=self.teacher_TV[tokens],
             gate_T=self.gate_T[tokens],
             gate_sum=self.gate_T.sum().item(),
             beta=BETA,
@@ -112,9 +128,9 @@ def test_micro_batches_add_up_to_the_step(kind: str, cut: str) -> None:
 @pytest.mark.parametrize("kind", ["none", "kl", "gdkd"])
 def test_empty_micro_batch_gives_zero_with_a_graph(kind: str) -> None:
     student_TV = torch.zeros(0, VOCABULARY, requires_grad=True)
-    total, parts = micro_batch_loss(
-        student_TV, torch.zeros(0, dtype=torch.long), token_count=5.0, gate_sum=4.0, beta=BETA, kind=kind,
-        teacher_logits_TV=torch.zeros(0, VOCABULARY),
+    total, parts = loss_of(
+        student_TV, torch.zeros(0, dtype=torch.long), torch.zeros(0, VOCABULARY),
+        token_count=5.0, gate_sum=4.0, beta=BETA, kind=kind,
     )  # fmt: skip
     total.backward()
     assert total.item() == 0 and student_TV.grad is not None
@@ -124,13 +140,9 @@ def test_empty_micro_batch_gives_zero_with_a_graph(kind: str) -> None:
 def test_gates_default_to_the_teachers_confidence() -> None:
     step = Step()
     arguments = {"token_count": 8.0, "gate_sum": 5.0, "beta": BETA, "kind": "gdkd"}
-    given, _ = micro_batch_loss(
-        step.student_TV, step.targets_T, teacher_logits_TV=step.teacher_TV, gate_T=step.gate_T, **arguments
-    )
-    taken, _ = micro_batch_loss(
-        step.student_TV, step.targets_T, teacher_logits_TV=step.teacher_TV, **arguments
-    )
-    assert torch.equal(given, taken)
+    given, _ = loss_of(step.student_TV, step.targets_T, step.teacher_TV, gate_T=step.gate_T, **arguments)
+    taken, _ = loss_of(step.student_TV, step.targets_T, step.teacher_TV, **arguments)
+    torch.testing.assert_close(given, taken)
 
 
 @pytest.mark.parametrize(("student", "teacher"), [(13, 16), (16, 13)])
@@ -139,11 +151,9 @@ def test_distillation_compares_the_vocabulary_that_both_have(kind: str, student:
     student_TV, teacher_TV = randn(4, student, seed=0), randn(4, teacher, seed=1)
     targets_T = torch.tensor([0, 3, 12, 5])
     arguments = {"token_count": 4.0, "gate_sum": 4.0, "gate_T": torch.ones(4), "kind": kind}
-    _, parts = micro_batch_loss(student_TV, targets_T, teacher_logits_TV=teacher_TV, **arguments)
-    _, cut = micro_batch_loss(
-        student_TV[:, :13], targets_T, teacher_logits_TV=teacher_TV[:, :13], **arguments
-    )
-    assert torch.equal(parts.kd_sum, cut.kd_sum)
+    _, parts = loss_of(student_TV, targets_T, teacher_TV, **arguments)
+    _, cut = loss_of(student_TV[:, :13], targets_T, teacher_TV[:, :13], **arguments)
+    torch.testing.assert_close(parts.kd_sum, cut.kd_sum)
     ce_sum = F.cross_entropy(student_TV.double(), targets_T, reduction="sum")
     assert parts.ce_sum.item() == pytest.approx(ce_sum.item(), rel=1e-6)
 
@@ -151,7 +161,7 @@ def test_distillation_compares_the_vocabulary_that_both_have(kind: str, student:
 def test_bfloat16_logits_are_computed_in_float32() -> None:
     step = Step()
     student_TV = step.student_TV.detach().bfloat16().requires_grad_()
-    total, _ = micro_batch_loss(student_TV, step.targets_T, token_count=8.0)
+    total, _ = loss_of(student_TV, step.targets_T, token_count=8.0)
     total.backward()
     expected = F.cross_entropy(student_TV.detach().double(), step.targets_T)
     assert total.dtype == torch.float32 and total.item() == pytest.approx(expected.item(), rel=1e-6)
@@ -167,25 +177,28 @@ def test_the_teacher_gets_no_gradient() -> None:
     assert step.teacher_TV.grad is None
 
 
+TEACHER = {"teacher_hidden_TE": torch.zeros(2, 5), "teacher_head_VE": torch.zeros(3, 5)}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"kind": "dkd"}, 'kind must be "none", "kl" or "gdkd"'),
         ({"token_count": 0.0}, "token_count must be positive"),
         ({"token_count": math.nan}, "token_count must be positive"),
-        ({"kind": "gdkd"}, "needs teacher_logits_TV"),
-        ({"kind": "kl"}, "needs teacher_logits_TV"),
-        ({"kind": "gdkd", "teacher_logits_TV": torch.zeros(2, 3)}, "gate_sum must be positive, got None"),
+        ({"kind": "gdkd"}, "needs teacher_hidden_TE"),
+        ({"kind": "kl"}, "needs teacher_hidden_TE"),
+        ({"kind": "gdkd", **TEACHER}, "gate_sum must be positive, got None"),
         (
             {
                 "kind": "gdkd",
-                "teacher_logits_TV": torch.zeros(2, 3),
+                **TEACHER,
                 "gate_sum": 1.0,
                 "gate_T": torch.ones(3),
             },
             "gates",
         ),
-        ({"targets_T": torch.zeros(3, dtype=torch.long)}, "do not fit logits"),
+        ({"targets_T": torch.zeros(3, dtype=torch.long)}, "do not fit"),
         (
             {"student_visual": [torch.eye(2)], "teacher_visual": [torch.eye(2)], "image_count": 0.0},
             "image_count must be positive",
@@ -195,7 +208,8 @@ def test_the_teacher_gets_no_gradient() -> None:
 )
 def test_missing_or_unfit_ingredients_are_refused(change: dict, message: str) -> None:
     arguments = {
-        "student_logits_TV": torch.zeros(2, 3),
+        "student_hidden_TD": torch.zeros(2, 4),
+        "student_head_VD": torch.zeros(3, 4),
         "targets_T": torch.zeros(2, dtype=torch.long),
         "token_count": 2.0,
     }
