@@ -7,6 +7,7 @@ Shape suffixes: T supervised tokens, V vocabulary.
 """
 
 import contextlib
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from grace.data.batch import Batch
 from grace.distill.objective import micro_batch_loss
-from grace.distill.teacher import TeacherSignals, supervised, teacher_signals
+from grace.distill.teacher import IGNORE_INDEX, TeacherSignals, supervised, teacher_signals
 from grace.models import qwen3vl
 
 
@@ -117,20 +118,38 @@ class StudentWithLoss(nn.Module):
         return total, sums
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def run_teacher(
-    teacher: qwen3vl.Qwen3VLForConditionalGeneration, batches: Sequence[Batch | None], vocabulary: int
+    teacher: qwen3vl.Qwen3VLForConditionalGeneration,
+    batches: Sequence[Batch | None],
+    vocabulary: int,
+    teacher_batches: Sequence[Batch | None] | None = None,
 ) -> list[TeacherSignals | None]:
-    """The teacher over every micro-batch of the step, keeping only what the student needs."""
+    """The teacher over every micro-batch of the step, keeping only what the student needs.
+
+    Args:
+        batches: the student's micro-batches.
+        teacher_batches: the same records in the same order, cut otherwise; None runs on the student's.
+    """
+    hidden: list[Tensor] = []
+    visual: list[Tensor] = []
+    for batch in batches if teacher_batches is None else teacher_batches:
+        if batch is not None:
+            states = qwen3vl.hidden_states(teacher, batch)
+            hidden.append(supervised(states.final_BLD, batch.labels_BL)[0])
+            visual += qwen3vl.visual_tokens(teacher, states.last_layer_input_BLD, batch)
+    if teacher_batches is not None and hidden:
+        counts = [supervised_tokens(batch) for batch in batches if batch is not None]
+        hidden = list(torch.cat(hidden).split(counts))
     results: list[TeacherSignals | None] = []
+    parts, pictures, head_VE = iter(hidden), iter(visual), qwen3vl.head_weight(teacher)
     for batch in batches:
         if batch is None:
             results.append(None)
             continue
-        hidden = qwen3vl.hidden_states(teacher, batch)
-        hidden_TE, _ = supervised(hidden.final_BLD, batch.labels_BL)
-        visual = qwen3vl.visual_tokens(teacher, hidden.last_layer_input_BLD, batch)
-        results.append(teacher_signals(hidden_TE, qwen3vl.head_weight(teacher), visual, vocabulary))
+        grids = batch.image_grid_thw_N3
+        mine = tuple(itertools.islice(pictures, 0 if grids is None else len(grids)))
+        results.append(teacher_signals(next(parts), head_VE, mine, vocabulary))
     return results
 
 
@@ -141,13 +160,18 @@ def count_step(
     sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
     for batch in batches:
         if batch is not None:
-            sums[0] += (batch.labels_BL[:, 1:] != -100).sum()
+            sums[0] += supervised_tokens(batch)
     for signal in signals:
         if signal is not None:
             sums[1] += signal.gate_T.double().sum()
             sums[2] += signal.image_count
     tokens, gate_sum, images = reduce_sum(accelerator, sums).tolist()
     return StepCounts(max(tokens, 1.0), max(gate_sum, 1e-12), max(images, 1.0))
+
+
+def supervised_tokens(batch: Batch) -> int:
+    """Positions that predict a label (as `supervised` selects them)."""
+    return int((batch.labels_BL[:, 1:] != IGNORE_INDEX).sum())
 
 
 def non_finite(batches: Sequence[Batch | None], signals: Sequence[TeacherSignals | None]) -> list[str]:
@@ -173,13 +197,20 @@ def forward_backward(
     weights: Weights,
     vocabulary: int,
     kind: str,
+    teacher_batches: Sequence[Batch | None] | None = None,
 ) -> StepResult:
     """Accumulates the step's gradients into the student; the caller moves the optimizer.
+
+    Args:
+        batches: this rank's micro-batches.
+        teacher_batches: as in `run_teacher`.
 
     Raises:
         NonFiniteLoss: names the records of the micro-batches concerned.
     """
-    signals = run_teacher(teacher, batches, vocabulary) if teacher is not None else [None] * len(batches)
+    signals: Sequence[TeacherSignals | None] = [None] * len(batches)
+    if teacher is not None:
+        signals = run_teacher(teacher, batches, vocabulary, teacher_batches)
     counts = count_step(accelerator, batches, signals)
     if not math.isfinite(counts.gate_sum):
         raise NonFiniteLoss(

@@ -12,7 +12,7 @@ import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from grace.config import Recipe, load_recipe
 from grace.data.batch import Batch, collate
 from grace.data.records import Record, load_records
 from grace.data.sampler import split_step, step_indices
-from grace.data.template import encode
+from grace.data.template import Sample, encode
 from grace.errors import Parser, UserError, run_command
 from grace.evaluation.exact_match import evaluate
 from grace.evaluation.samples import sample_table
@@ -106,21 +106,38 @@ def train(recipe: Recipe) -> Path:
     return run_dir / "model"
 
 
+@dataclass(frozen=True)
+class StepInputs:
+    """One rank's records of a step, cut for the student and, where the recipe says how, for the teacher."""
+
+    student: list[Batch | None]
+    teacher: list[Batch | None] | None
+
+    def to(self, device: torch.device) -> "StepInputs":
+        """The same on `device`."""
+
+        def moved(batches: list[Batch | None]) -> list[Batch | None]:
+            return [batch and batch.to(device) for batch in batches]
+
+        return StepInputs(moved(self.student), None if self.teacher is None else moved(self.teacher))
+
+
 class StepBatches(Dataset):
-    """Maps a step number to this rank's micro-batches: a pure function of (step, seed)."""
+    """Maps a step number to this rank's inputs: a pure function of (step, seed)."""
 
     def __init__(self, run: Run, records: Sequence[Record], processor: Any):
         self.recipe, self.records, self.processor = run.recipe, records, processor
         self.rank, self.world_size = run.accelerator.process_index, run.accelerator.num_processes
+        self.has_teacher = run.teacher is not None
 
-    def __getitem__(self, step: int) -> list[Batch | None] | UserError:
+    def __getitem__(self, step: int) -> StepInputs | UserError:
         try:
-            return self.batches(step)
+            return self.inputs(step)
         except UserError as error:  # raised in a worker process, it would arrive with the worker's trace
             return error
 
-    def batches(self, step: int) -> list[Batch | None]:
-        """The micro-batches themselves.
+    def inputs(self, step: int) -> StepInputs:
+        """The inputs themselves.
 
         Raises:
             UserError: a record or picture that cannot be used.
@@ -129,22 +146,24 @@ class StepBatches(Dataset):
         indices = step_indices(step, recipe.optim.batch_size, len(self.records), recipe.run.seed)
         shares = split_step(indices, self.rank, self.world_size, recipe.run.micro_batch_size)
         # Alike lengths together: less padding, and the sums of the step do not depend on the cut.
-        mine = iter(sorted((self.records[i] for share in shares for i in share), key=text_length))
-        micro_batches = [list(itertools.islice(mine, len(share))) for share in shares]
-        return [batch_of(part, self.processor, recipe.data.max_length) for part in micro_batches]
+        mine = sorted((self.records[i] for share in shares for i in share), key=text_length)
+        samples = [encode(record, self.processor, recipe.data.max_length) for record in mine]
+        student = self.batches(samples, [len(share) for share in shares])
+        size = recipe.teacher.micro_batch_size
+        if size is None or not self.has_teacher:
+            return StepInputs(student, None)
+        return StepInputs(student, self.batches(samples, [size] * math.ceil(len(samples) / size)))
+
+    def batches(self, samples: Sequence[Sample], sizes: Sequence[int]) -> list[Batch | None]:
+        """Samples in their order, collated by these sizes; none make None."""
+        rest, pad = iter(samples), self.processor.tokenizer.pad_token_id
+        parts = [list(itertools.islice(rest, size)) for size in sizes]
+        return [collate(part, pad) if part else None for part in parts]
 
 
 def text_length(record: Record) -> int:
     """Characters of a conversation: a cheap stand-in for its number of text tokens."""
     return sum(len(turn.text) for turn in record.turns)
-
-
-def batch_of(records: Sequence[Record], processor: Any, max_length: int) -> Batch | None:
-    """Encodes and pads records; no records give None."""
-    if not records:
-        return None
-    samples = [encode(record, processor, max_length) for record in records]
-    return collate(samples, processor.tokenizer.pad_token_id)
 
 
 def _first(items: list[Any]) -> Any:
@@ -161,10 +180,10 @@ def loop(
         StepBatches(run, records, processor), batch_size=1, collate_fn=_first, sampler=steps,  # type: ignore[arg-type]
         num_workers=run.recipe.data.num_workers,
     )  # fmt: skip
-    for step, micro_batches in zip(steps, loader, strict=True):
-        if isinstance(micro_batches, UserError):
-            raise micro_batches
-        values, tokens = one_step(run, [batch and batch.to(device) for batch in micro_batches], step)
+    for step, inputs in zip(steps, loader, strict=True):
+        if isinstance(inputs, UserError):
+            raise inputs
+        values, tokens = one_step(run, inputs.to(device), step)
         run.step = step + 1
         tracker.add(run.step, values, tokens)
         finished = run.step == run.total_steps
@@ -176,7 +195,7 @@ def loop(
             run.accelerator.wait_for_everyone()
 
 
-def one_step(run: Run, batches: Sequence[Batch | None], step: int) -> tuple[dict[str, float], float]:
+def one_step(run: Run, inputs: StepInputs, step: int) -> tuple[dict[str, float], float]:
     """One optimizer step; returns the values to log and the number of supervised tokens."""
     options, optim = run.recipe.distill, run.recipe.optim
     omega = options.rcka_weight * min(1.0, (step + 1) / max(1, options.rcka_warmup_steps))
@@ -186,12 +205,13 @@ def one_step(run: Run, batches: Sequence[Batch | None], step: int) -> tuple[dict
         group["lr"] = group["base_lr"] * factor
     run.optimizer.zero_grad(set_to_none=True)
     result = forward_backward(
-        run.accelerator, run.student, run.teacher, batches, weights, run.objective.vocabulary, options.loss
-    )
+        run.accelerator, run.student, run.teacher, inputs.student, weights, run.objective.vocabulary,
+        options.loss, inputs.teacher,
+    )  # fmt: skip
     trainable = [p for group in run.optimizer.param_groups for p in group["params"]]
     norm = float(run.accelerator.clip_grad_norm_(trainable, optim.max_grad_norm))  # type: ignore[arg-type]
     if not math.isfinite(norm):
-        names = [record_id for batch in batches if batch is not None for record_id in batch.record_ids]
+        names = [record_id for batch in inputs.student if batch is not None for record_id in batch.record_ids]
         raise NonFiniteLoss(f"the gradient is not finite at step {step + 1}; records of this step: {names}")
     run.optimizer.step()
     values = {
@@ -246,9 +266,9 @@ def validation_batches(records: Sequence[Record], processor: Any, recipe: Recipe
     """Padded batches of validation records, as many at a time as in training (at least 8)."""
     size = max(8, recipe.run.micro_batch_size)
     for start in range(0, len(records), size):
-        batch = batch_of(records[start : start + size], processor, recipe.data.max_length)
-        assert batch is not None
-        yield batch
+        part = records[start : start + size]
+        samples = [encode(record, processor, recipe.data.max_length) for record in part]
+        yield collate(samples, processor.tokenizer.pad_token_id)
 
 
 def learning_rate_factor(step: int, total: int, warmup_ratio: float, schedule: str) -> float:

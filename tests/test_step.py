@@ -84,12 +84,18 @@ def batches_of(records: Sequence[Record], processor, micro: int, rank: int, rank
     ]
 
 
-def step(run: Run, batches: Sequence[Batch | None], weights: Weights = WEIGHTS) -> dict[str, Tensor]:
+def step(
+    run: Run,
+    batches: Sequence[Batch | None],
+    weights: Weights = WEIGHTS,
+    teacher_batches: Sequence[Batch | None] | None = None,
+) -> dict[str, Tensor]:
     """Losses, counts and all gradients of one step, as one dictionary of tensors."""
     run.optimizer.zero_grad(set_to_none=True)
     result = forward_backward(
-        run.accelerator, run.student, run.teacher, batches, weights, run.objective.vocabulary, "gdkd"
-    )
+        run.accelerator, run.student, run.teacher, batches, weights, run.objective.vocabulary, "gdkd",
+        teacher_batches,
+    )  # fmt: skip
     losses = ("total", "ce", "kd", "rcka", "degenerate_images")
     values = {f"loss.{name}": torch.tensor(getattr(result, name), dtype=torch.float64) for name in losses}
     values |= {
@@ -144,6 +150,15 @@ def test_micro_batch_size_does_not_matter(single, whole, tiny_world_dir, name: s
     run, processor = single
     batches = batches_of(records_of(STEPS[name][0], tiny_world_dir), processor, micro, 0, 1)
     assert_same(whole[name], step(run, batches))
+
+
+@pytest.mark.parametrize("teacher_micro", [1, 3, 8])
+@pytest.mark.parametrize("name", STEPS)
+def test_teacher_may_be_cut_otherwise(single, whole, tiny_world_dir, name: str, teacher_micro: int) -> None:
+    run, processor = single
+    records = records_of(STEPS[name][0], tiny_world_dir)
+    student, teacher = (batches_of(records, processor, micro, 0, 1) for micro in (2, teacher_micro))
+    assert_same(whole[name], step(run, [*student, None], teacher_batches=teacher))
 
 
 def test_every_part_of_the_loss_is_there(whole) -> None:

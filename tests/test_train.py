@@ -64,7 +64,7 @@ def test_numbers_do_not_depend_on_how_the_batch_is_cut(tmp_path, overrides):
     for name, extra in {
         "whole": [],
         "quarters": ["run.micro_batch_size=2"],
-        "odd": ["run.micro_batch_size=3"],
+        "odd": ["run.micro_batch_size=3", "teacher.micro_batch_size=5"],
     }.items():
         train(load_recipe(RECIPE, overrides(tmp_path / name, "run.max_steps=3", *extra)))
     for name in ("quarters", "odd"):
