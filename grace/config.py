@@ -115,6 +115,7 @@ class Run:
     keep_last: int = number("[1, inf)", default=2)
     gradient_checkpointing: bool = False
     precision: Literal["fp32", "bf16"] = "bf16"
+    kernels: Literal["auto", "torch", "triton"] = "auto"  # auto: Triton on CUDA, torch operations elsewhere
     eval_every: int = number("[0, inf)", default=0)  # 0: only at the end
     eval_records: int = number("[0, inf)", default=256)
     eval_samples: int = number("[0, inf)", default=8)

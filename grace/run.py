@@ -1,4 +1,4 @@
-"""The state of one training run: how it is set up, saved, resumed and finished.
+"""The state of one training run, how it is set up, and whose directory it writes to.
 
 `grace.train` drives it; this file knows what a run consists of and where it lives on disk.
 """
@@ -7,9 +7,8 @@ import contextlib
 import copy
 import fcntl
 import math
-import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,15 +17,13 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedTy
 from torch import Tensor
 
 from grace import checkpoint
-from grace.config import Recipe, load_recipe, recipe_diff, recipe_hash, to_yaml
+from grace.config import Recipe, load_recipe, recipe_diff
 from grace.distill.controller import IBController
 from grace.errors import UserError
-from grace.files import remove_leftovers, write_text
+from grace.files import remove_leftovers
 from grace.models import qwen3vl
 from grace.models.processor import load_processor
-from grace.quant.grid import dequantize
-from grace.step import Objective, StudentWithLoss
-from grace.tracking import Tracker
+from grace.step import Objective, StudentWithLoss, row_kernel
 
 RECIPE_FILE = "recipe.yaml"
 
@@ -55,6 +52,7 @@ class Run:
     objective: Objective
     total_steps: int
     base_config: Any
+    kernels: str  # torch | triton
     step: int = 0
     validation: dict[str, float] | None = None
 
@@ -95,9 +93,11 @@ def set_up(recipe: Recipe, accelerator: Accelerator, tokenizer: Any, steps: int)
             recipe.teacher.path, getattr(torch, recipe.teacher.dtype), device
         ).requires_grad_(False)
         vocabulary = min(vocabulary, qwen3vl.head_weight(teacher).shape[0])
+    kernels = chosen_kernels(recipe.run.kernels, device.type)
     objective = Objective(
-        options.loss, options.temperature, options.tckd_weight, options.nckd_weight, vocabulary
-    )
+        options.loss, options.temperature, options.tckd_weight, options.nckd_weight, vocabulary,
+        row_kernel(kernels),
+    )  # fmt: skip
     controller = IBController(
         options.tau, options.eta, options.beta_init, options.beta_min, options.beta_max,
         ema_decay=options.ema_decay, tau_fraction=options.tau_fraction, tau_warmup_steps=options.tau_warmup_steps,
@@ -105,8 +105,33 @@ def set_up(recipe: Recipe, accelerator: Accelerator, tokenizer: Any, steps: int)
     optimizer = make_optimizer(model, recipe)
     student = accelerator.prepare(StudentWithLoss(model, objective))
     return Run(
-        recipe, accelerator, model, student, teacher, optimizer, controller, objective, steps, base_config
+        recipe,
+        accelerator,
+        model,
+        student,
+        teacher,
+        optimizer,
+        controller,
+        objective,
+        steps,
+        base_config,
+        kernels,
     )
+
+
+def chosen_kernels(asked: str, device_type: str) -> str:
+    """ "torch" or "triton".
+
+    Raises:
+        UserError: Triton was asked for where it cannot run.
+    """
+    if asked == "auto":
+        return "triton" if device_type == "cuda" else "torch"
+    if asked == "triton" and device_type != "cuda":
+        raise UserError(
+            f"run.kernels=triton needs a CUDA device, this is {device_type}: set it to auto or torch"
+        )
+    return asked
 
 
 def put_quantizer(model: qwen3vl.Qwen3VLForConditionalGeneration, recipe: Recipe) -> None:
@@ -225,83 +250,3 @@ def require_same_recipe(run_dir: Path, recipe: Recipe) -> None:
             f"{run_dir} belongs to a run with another recipe ({'; '.join(changes)}): "
             "set run.output_dir, or give the same settings to continue it"
         )
-
-
-# ---------------------------------------------------------------- saving and resuming
-
-
-def save_resume_state(run: Run, tracker: Tracker, run_dir: Path) -> None:
-    """Everything that a killed run needs to go on to the same numbers."""
-    trainable = {name: p for name, p in run.model.named_parameters() if p.requires_grad}
-    moments = {
-        f"{name}.{key}": value
-        for name, p in trainable.items()
-        for key, value in run.optimizer.state[p].items()
-    }
-    state = {"controller": run.controller.state_dict(), "window": tracker.state(), "validation": run.validation}  # fmt: skip
-    rng = {"torch": torch.get_rng_state()}
-    tensors = {"trainable": trainable, "optimizer": moments, "rng": rng}
-    checkpoint.save_checkpoint(run_dir, run.step, tensors, state, run.recipe.run.keep_last)
-
-
-def resume(run: Run, tracker: Tracker, run_dir: Path) -> None:
-    """Continues from the newest checkpoint, or starts a new run: its recipe and its log."""
-    if run.accelerator.is_main_process:
-        write_text(run_dir / RECIPE_FILE, to_yaml(run.recipe))
-    saved = checkpoint.load_newest_checkpoint(run_dir)
-    if saved is None:
-        tracker.start(0, None)
-        return
-    with torch.no_grad():
-        for name, parameter in run.model.named_parameters():
-            if parameter.requires_grad:
-                parameter.copy_(saved.tensors["trainable"][name])
-                moments = {
-                    key: saved.tensors["optimizer"][f"{name}.{key}"].to(parameter.device)
-                    for key in ("step", "exp_avg", "exp_avg_sq")
-                    if f"{name}.{key}" in saved.tensors["optimizer"]  # absent: no gradient so far
-                }
-                if moments:
-                    run.optimizer.state[parameter] = moments
-    run.controller.load_state_dict(saved.state["controller"])
-    run.validation = saved.state["validation"]
-    run.step = saved.step
-    torch.set_rng_state(saved.tensors["rng"]["torch"])
-    tracker.start(saved.step, saved.state["window"])
-    run.accelerator.print(f"continuing from step {saved.step} of {run.total_steps}", file=sys.stderr)
-
-
-def save_final_model(run: Run, run_dir: Path) -> None:
-    """Writes `model/`: W_hat plus codes, scales and latents, or the plain weights."""
-    state = {name: tensor for name, tensor in run.model.state_dict().items() if not name.endswith(".theta")}
-    if run.base_config.tie_word_embeddings:
-        state.pop("lm_head.weight", None)
-    qat, config = None, run.base_config
-    dtype = torch.float32
-    if run.recipe.quant.bits is not None:
-        qat = quantized_state(run)
-        for name, weight in qat.modules.items():
-            state[f"{name}.weight"] = dequantize(weight.codes_OI, weight.scales_OG, qat.group_size)
-    elif run.recipe.run.precision == "bf16":
-        dtype = torch.bfloat16
-    state = {name: tensor.to(dtype) for name, tensor in state.items()}
-    config.dtype = dtype
-    checkpoint.save_model(run_dir / "model", state, config, Path(run.recipe.student.path), qat)
-
-
-def quantized_state(run: Run) -> checkpoint.QatState:
-    """Codes and scales as trained, with latents, and what a reader wants to know of the run."""
-    modules = {}
-    for name, layer in qwen3vl.quantized_linears(run.model).items():
-        codes_OI, scales_OG = layer.codes_and_scales()
-        modules[name] = checkpoint.QuantizedWeight(
-            codes_OI.cpu(), scales_OG.cpu(), layer.weight.detach().cpu(), layer.theta.detach().cpu()
-        )
-    info = {
-        "recipe": asdict(run.recipe),
-        "recipe_sha256": recipe_hash(run.recipe),
-        "metrics": run.validation or {},
-        "steps": run.step,
-        "base_model": run.recipe.student.path,
-    }
-    return checkpoint.QatState(cast(int, run.recipe.quant.bits), run.recipe.quant.group_size, modules, info)

@@ -17,7 +17,9 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from grace.data.batch import Batch
+from grace.distill.fused import RowKernel
 from grace.distill.objective import micro_batch_loss
+from grace.distill.rows import RowLosses, RowSettings, loss_rows
 from grace.distill.teacher import IGNORE_INDEX, TeacherSignals, supervised, teacher_signals
 from grace.models import qwen3vl
 
@@ -35,6 +37,7 @@ class Objective:
     tckd_weight: float
     nckd_weight: float
     vocabulary: int  # shared by teacher and student
+    row_kernel: RowKernel = loss_rows
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,29 @@ class StepResult:
     rcka: float
     degenerate_images: float
     counts: StepCounts
+
+
+def row_kernel(kernels: str) -> RowKernel:
+    """What takes a chunk's losses and gradient: "torch" operations, or the "triton" kernel."""
+    if kernels == "torch":
+        return loss_rows
+    from grace.kernels import gdkd_triton
+
+    def rows(
+        student_CV: Tensor,
+        teacher_CS: Tensor | None,
+        targets_C: Tensor,
+        gate_C: Tensor | None,
+        settings: RowSettings,
+        with_gradient: bool,
+    ) -> RowLosses:
+        return RowLosses(
+            *gdkd_triton.loss_rows(
+                student_CV, teacher_CS, targets_C, gate_C, **vars(settings), with_gradient=with_gradient
+            )
+        )
+
+    return rows
 
 
 class StudentWithLoss(nn.Module):
@@ -111,6 +137,7 @@ class StudentWithLoss(nn.Module):
             teacher_visual=signals.visual if signals is not None and student_visual else (),
             image_count=counts.images,
             omega=weights.omega,
+            row_kernel=self.objective.row_kernel,
         )
         sums = torch.stack(
             [t.double() for t in (parts.ce_sum, parts.kd_sum, parts.rcka_sum, parts.degenerate)]

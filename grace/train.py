@@ -28,16 +28,8 @@ from grace.errors import Parser, UserError, run_command
 from grace.evaluation.exact_match import evaluate
 from grace.evaluation.samples import sample_table
 from grace.models.processor import load_processor
-from grace.run import (
-    Run,
-    claimed,
-    make_accelerator,
-    resume,
-    save_final_model,
-    save_resume_state,
-    set_up,
-    total_steps,
-)
+from grace.run import Run, claimed, make_accelerator, set_up, total_steps
+from grace.run_save import resume, save_final_model, save_resume_state
 from grace.step import NonFiniteLoss, Weights, forward_backward, reduce_sum
 from grace.tracking import Tracker
 
@@ -184,6 +176,8 @@ def loop(
         if isinstance(inputs, UserError):
             raise inputs
         values, tokens = one_step(run, inputs.to(device), step)
+        if step == steps.start:  # not before: a picture that cannot be read stays one line
+            run.accelerator.print(f"kernels: {run.kernels}", file=sys.stderr)
         run.step = step + 1
         tracker.add(run.step, values, tokens)
         finished = run.step == run.total_steps

@@ -6,6 +6,10 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+# Without a GPU, kernels run under Triton's interpreter; it is chosen when triton is first imported.
+if not Path("/dev/nvidiactl").exists():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 # The same examples on every run, so that a red suite means a change; to look for new ones:
 # HYPOTHESIS_PROFILE=explore make test
 settings.register_profile("repeatable", derandomize=True)
