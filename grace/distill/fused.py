@@ -105,13 +105,12 @@ def fused_ce_gdkd(
     if nckd_weight is None and gates_T is None:
         gates_T = torch.ones(len(targets_T), device=targets_T.device)
     teacher = (teacher_hidden_TE, teacher_head_VE)
-    apply: Any = _FusedLoss.apply  # its signature is not that of `forward` to a type checker
-    total, sums, extremes = apply(
+    result: Any = _FusedLoss.apply(
         student_hidden_TD, student_head_VD, teacher, targets_T, gates_T, settings, chunk, row_kernel
     )
-    return total, FusedParts(
-        *sums.unbind(), *extremes.unbind(), torch.full_like(total, len(targets_T)).detach()
-    )
+    total, sums, extremes = result
+    tokens = torch.full_like(sums[0], len(targets_T))
+    return total, FusedParts(sums[0], sums[1], sums[2], sums[3], extremes[0], extremes[1], tokens)
 
 
 @torch.no_grad()

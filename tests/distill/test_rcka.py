@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from grace.distill.rcka import gram_is_degenerate, rcka_loss, rcka_per_image
+from grace.distill.rcka import gram_is_degenerate, rcka_loss, rcka_per_image, rcka_per_image_plain
 
 
 def gram_oracle(visual: Tensor) -> Tensor:
@@ -74,6 +74,18 @@ def test_many_tokens_of_images_of_different_sizes() -> None:
         [tokens(n, d, i) for i, (n, d) in enumerate(sizes)],
         [tokens(n, 2 * d, 10 + i) for i, (n, d) in enumerate(sizes)],
     )
+
+
+def test_the_plain_form_is_the_textbook_one() -> None:
+    student = [tokens(n, 8, n, dtype=torch.float64).requires_grad_() for n in (3, 40)]
+    teacher = [tokens(n, 5, 10 + n, dtype=torch.float64) for n in (3, 40)]
+    loss_N, valid_N = rcka_per_image_plain(student, teacher)
+    expected = oracle(student, teacher)
+    assert valid_N.all() and loss_N.mean().item() == pytest.approx(expected.item(), rel=1e-12)
+    for grad, wide in zip(
+        torch.autograd.grad(loss_N.mean(), student), torch.autograd.grad(expected, student), strict=True
+    ):
+        torch.testing.assert_close(grad, wide, rtol=1e-9, atol=1e-12)
 
 
 def test_every_image_counts_the_same_whatever_its_size() -> None:
