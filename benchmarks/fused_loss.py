@@ -15,7 +15,6 @@ Prints a table and, last, one line of JSON.
 """
 
 import argparse
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +22,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from measure import machine, peak_gb
+from measure import machine, peak_gb, report
 from torch import Tensor
 
 from grace.distill.gdkd import confidence_gate, dkd_per_token, fused_ce_gdkd
@@ -129,9 +128,7 @@ def main() -> None:
             print(f"{tokens:6} {name:>12} {seconds:8.2f} {ratio:11.2f} {extra:9.2f}", flush=True)
     shape = {"vocabulary": args.vocabulary, "width": args.width, "teacher_width": args.teacher_width}
     result = {"benchmark": "fused_loss", **machine(args.device), **shape, "rows": results}
-    if args.out:
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+    report(result, args.out)
 
 
 if __name__ == "__main__":

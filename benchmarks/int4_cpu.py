@@ -11,12 +11,9 @@ Prints a table and, last, one line of JSON.
 """
 
 import argparse
-import datetime
 import itertools
-import json
 import math
 import os
-import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +21,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from measure import cpu_name, machine, report
 from torch import Tensor, nn
 
 from grace.export import awq
@@ -109,14 +107,6 @@ def crossover(fused: dict[int, float], dense: dict[int, float]) -> int | None:
     return None if fused[TOKENS[-1]] < dense[TOKENS[-1]] else 0
 
 
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -156,25 +146,16 @@ def main() -> None:
     print(f"{where}; `auto` uses aten up to {ATEN_MAX_TOKENS}")
     result = {
         "benchmark": "int4_cpu",
-        "cpu": cpu_name(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
+        **machine(),
         "bfloat16_arithmetic": native,
-        "cores": os.cpu_count(),
-        "threads": args.threads,
         "clock": clock.__name__,
-        "load_average": os.getloadavg()[0],
-        "torch": torch.__version__,
-        "date": datetime.date.today().isoformat(),
         "crossover_tokens": meeting,
         "default_crossover_tokens": ATEN_MAX_TOKENS,
         "seconds": {
             path: {str(tokens): value for tokens, value in row.items()} for path, row in seconds.items()
         },
     }
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+    report(result, args.out)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import ctypes
 import datetime
 import gc
+import json
 import os
 import platform
 from collections.abc import Callable
@@ -21,11 +22,20 @@ def cpu_name() -> str:
         return platform.processor() or platform.machine()
 
 
+def report(result: dict[str, Any], out: Path | None) -> None:
+    """Prints the closing line of JSON, and writes the same to `out`."""
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result))
+
+
 def machine(device: str = "cpu") -> dict[str, Any]:
     """Device, versions, load and date, for the line of JSON."""
     name = cpu_name() if device == "cpu" else torch.cuda.get_device_name(device)
     return {
         "device": name,
+        "capability": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load_average": os.getloadavg()[0],
@@ -51,7 +61,15 @@ def peak_gb(work: Callable[[], Any], device: str = "cpu") -> tuple[float, Any]:
     Path("/proc/self/clear_refs").write_text("5")
     before = _status("VmRSS")
     result = work()
-    return (_status("VmHWM") - before) / 1e9, result
+    return (high_water() - before) / 1e9, result
+
+
+def high_water() -> int:
+    """Bytes of this process resident at the most, since its start or the last reset (Linux).
+
+    Not `ru_maxrss`, into which the parent's memory counts.
+    """
+    return _status("VmHWM")
 
 
 def _status(key: str) -> int:

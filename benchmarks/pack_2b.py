@@ -9,11 +9,8 @@ Prints a table and, last, one line of JSON.
 """
 
 import argparse
-import datetime
 import json
 import os
-import platform
-import resource
 import subprocess
 import sys
 import tempfile
@@ -23,6 +20,7 @@ from typing import Any
 
 import torch
 import transformers
+from measure import high_water, machine, report
 from safetensors import safe_open
 
 from grace.checkpoint import QAT_FOLDER
@@ -107,17 +105,8 @@ def pack(source: Path, out: Path) -> dict[str, float]:
         "sync_s": end - written_at,
         "total_s": end - start,
         "cpu_s": time.process_time() - cpu,  # without what a busy machine adds
-        "peak_resident_gb": peak_resident_bytes() / 1e9,
+        "peak_resident_gb": high_water() / 1e9,
     }
-
-
-def peak_resident_bytes() -> int:
-    """Of this process. Linux counts the parent's memory into a child's `ru_maxrss`, so not that one there."""
-    status = Path("/proc/self/status")
-    if status.is_file():
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def main() -> None:
@@ -152,19 +141,11 @@ def main() -> None:
     about = {
         "benchmark": "pack_2b",
         "latents": args.latents,
-        "cores": os.cpu_count(),
-        "load_average": os.getloadavg()[0],
-        "threads": torch.get_num_threads(),
-        "machine": platform.machine(),
-        "torch": torch.__version__,
+        **machine(),
         "transformers": transformers.__version__,
-        "date": datetime.date.today().isoformat(),
         "met": met,
     }
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(about | figures, indent=1) + "\n")
-    print(json.dumps(about | figures))
+    report(about | figures, args.out)
 
 
 if __name__ == "__main__":

@@ -13,11 +13,7 @@ Prints a table and, last, one line of JSON.
 """
 
 import argparse
-import ctypes
-import datetime
-import json
 import os
-import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +21,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from measure import cpu_name, machine, peak_gb, report
 from torch import Tensor
 
 from grace.distill.rcka import rcka_per_image, rcka_per_image_plain
@@ -59,7 +56,7 @@ def measure(
     sizes, d_student, d_teacher = case
     student = [torch.randn(n, d_student).to(dtype).requires_grad_() for n in sizes]
     teacher = [torch.randn(n, d_teacher).to(dtype) for n in sizes]
-    memory = {path: peak_bytes(loss, student, teacher) for path, loss in PATHS.items()}
+    memory = {path: peak_mb(loss, student, teacher) for path, loss in PATHS.items()}
     times: dict[str, list[float]] = {path: [] for path in PATHS}
     deadline = time.perf_counter() + seconds
     for repeat in range(repeats):
@@ -69,30 +66,14 @@ def measure(
             start = clock()
             run(loss, student, teacher)
             times[path].append(clock() - start)
-    return {path: {"seconds": median(times[path]), "peak_bytes": memory[path]} for path in PATHS}
+    return {path: {"seconds": median(times[path]), "peak_mb": memory[path]} for path in PATHS}
 
 
-def peak_bytes(loss: Loss, student: list[Tensor], teacher: list[Tensor]) -> int | None:
-    """Resident bytes at the most during one call, the gradients it returns included; Linux only."""
+def peak_mb(loss: Loss, student: list[Tensor], teacher: list[Tensor]) -> float:
+    """What one call adds at its peak, the gradients it returns included."""
     for image in student:
         image.grad = None
-    try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)  # memory kept from earlier calls would hide this one's
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return None
-    before = resident_bytes("VmRSS")
-    run(loss, student, teacher)
-    return resident_bytes("VmHWM") - before
-
-
-def megabytes(count: int | None) -> str:
-    return "?" if count is None else f"{count / 1e6:.0f}"
-
-
-def resident_bytes(field: str) -> int:
-    lines = (line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(dict(lines)[field].split()[0]) * 1024
+    return 1e3 * peak_gb(lambda: run(loss, student, teacher))[0]
 
 
 def matmul_rate(clock: Callable[[], float]) -> float:
@@ -110,14 +91,6 @@ def needed(case: tuple[list[int], int, int]) -> int:
     """Multiply-adds of the cheaper space."""
     shapes = [ImageShape(n, *case[1:]) for n in case[0]]
     return sum(multiply_adds(shape, cheaper_space(shape)) for shape in shapes)
-
-
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def main() -> None:
@@ -159,27 +132,18 @@ def main() -> None:
         rows[name] = row
         print(
             f"{name:18} {case[1]:>5}/{case[2]:<4} {1e3 * plain['seconds']:9.2f} {1e3 * batched['seconds']:9.2f} "
-            f"{row['ratio']:6.2f} {megabytes(plain['peak_bytes']):>9} {megabytes(batched['peak_bytes']):>8} "
+            f"{row['ratio']:6.2f} {plain['peak_mb']:9.0f} {batched['peak_mb']:8.0f} "
             f"{1e-9 * row['floor_flop']:7.2f} {row['fraction_of_matmul_rate']:8.0%}"
         )
     result = {
         "benchmark": "rcka",
-        "cpu": cpu_name(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "cores": os.cpu_count(),
-        "threads": args.threads,
+        **machine(),
         "clock": clock.__name__,
-        "load_average": os.getloadavg()[0],
-        "torch": torch.__version__,
-        "date": datetime.date.today().isoformat(),
         "dtype": args.dtype,
         "matmul_flop_per_second": 2 * rate,
         "rows": rows,
     }
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+    report(result, args.out)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 
 from grace.checkpoint import checkpoint_paths, read_qat
@@ -79,6 +80,14 @@ def test_checkpointed_activations_give_the_same_numbers(tmp_path, overrides):
         )
     )
     assert losses(tmp_path / "ckpt") == pytest.approx(losses(tmp_path / "plain"), rel=1e-5)
+
+
+def test_bfloat16_compute_is_close_to_float32(tmp_path, overrides):
+    for precision in ("bf16", "fp32"):  # fp32 last: the library keeps one precision for a whole process
+        AcceleratorState._reset_state()
+        arguments = overrides(tmp_path / precision, "run.max_steps=3", f"run.precision={precision}")
+        train(load_recipe(RECIPE, arguments))
+    assert losses(tmp_path / "bf16") == pytest.approx(losses(tmp_path / "fp32"), rel=0.02)
 
 
 def test_final_model_is_what_was_trained(tmp_path, overrides):
