@@ -23,6 +23,7 @@ from grace.errors import UserError
 from grace.files import remove_leftovers
 from grace.models import qwen3vl
 from grace.models.processor import load_processor
+from grace.quant.fake_quant import use_kernels
 from grace.step import Objective, StudentWithLoss, row_kernel
 
 RECIPE_FILE = "recipe.yaml"
@@ -94,6 +95,10 @@ def set_up(recipe: Recipe, accelerator: Accelerator, tokenizer: Any, steps: int)
         ).requires_grad_(False)
         vocabulary = min(vocabulary, qwen3vl.head_weight(teacher).shape[0])
     kernels = chosen_kernels(recipe.run.kernels, device.type)
+    if kernels == "triton":
+        from grace.kernels import fake_quant_triton
+
+        use_kernels(device.type, fake_quant_triton)
     objective = Objective(
         options.loss, options.temperature, options.tckd_weight, options.nckd_weight, vocabulary,
         row_kernel(kernels),

@@ -6,10 +6,14 @@ DESIGN section 4 (arXiv:2601.22709), after LSQ (Esser et al. 2020). With x = W /
     dL/ds     = sum over the group of dL/dW_hat * (q - x)  inside, dL/dW_hat * (qmin or qmax) outside
     dL/dtheta = dL/ds * s                                  straight through `snap`
 
+Every forward pass forms W_hat anew, in the dtype of the matmul. That replaces autocast's cast of the same
+weight and costs about as much, so nothing is kept from one micro-batch to the next and nothing can go
+stale (benchmarks/qat_overhead.py has the arithmetic and the measurements).
+
 Shape suffixes: O output features, I input features, G groups along the input, S one group's elements.
 """
 
-from typing import Any, Self, cast
+from typing import Any, Protocol, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,68 +22,148 @@ from torch.autograd.function import once_differentiable
 
 from grace.quant import grid
 
+# (grad, value, low, high) -> grad where low < value < high, else 0: one pass, where a mask and
+# `torch.where` are two that take six times as long on a CPU.
+_inside = torch.ops.aten.hardtanh_backward.grad_input
+
+
+class Kernels(Protocol):
+    """The quantizer's two directions on one kind of device; `grace.kernels.fake_quant_triton` is one."""
+
+    def forward(
+        self, weight_OI: Tensor, theta_OG: Tensor, group_size: int, bits: int, dtype: torch.dtype
+    ) -> Tensor:
+        """W_hat [O, I] in `dtype`: the exact s * q, rounded once."""
+        ...
+
+    def backward(
+        self, weight_OI: Tensor, theta_OG: Tensor, grad_OI: Tensor, group_size: int, bits: int
+    ) -> tuple[Tensor, Tensor]:
+        """dL/dW [O, I] and dL/dtheta [O, G], in the dtypes of weight and theta."""
+        ...
+
+
+class TorchKernels:
+    """The definition, in torch operations; on a CPU slice by slice, so that passes stay in its caches."""
+
+    @staticmethod
+    def forward(
+        weight_OI: Tensor, theta_OG: Tensor, group_size: int, bits: int, dtype: torch.dtype
+    ) -> Tensor:
+        """See `Kernels`. The only temporary is one slice of codes."""
+        low, high = grid.code_range(bits)
+        source_OGS, wide = grid.grouped(weight_OI, group_size), grid.compute_dtype(weight_OI)
+        scale_OG = grid.snapped_scale(theta_OG).to(wide)
+        output_OGS = torch.empty(source_OGS.shape, dtype=dtype, device=weight_OI.device)
+        (scratch_OGS,) = _scratch(source_OGS, wide, 1)
+        for rows in grid.row_blocks(source_OGS):
+            block_OGS, scale = source_OGS[rows].to(wide), scale_OG[rows]
+            codes_OGS = grid.rounded_ratio(block_OGS, scale, out_OGS=scratch_OGS[: len(block_OGS)])
+            torch.mul(codes_OGS.clamp_(low, high), scale.unsqueeze(-1), out=output_OGS[rows])
+        return output_OGS.reshape(weight_OI.shape)
+
+    @staticmethod
+    def backward(
+        weight_OI: Tensor, theta_OG: Tensor, grad_OI: Tensor, group_size: int, bits: int
+    ) -> tuple[Tensor, Tensor]:
+        """See `Kernels`. The only temporaries are three slices."""
+        low, high = grid.code_range(bits)
+        source_OGS, wide = grid.grouped(weight_OI, group_size), grid.compute_dtype(weight_OI)
+        upstream_OGS = grid.grouped(grad_OI, group_size)
+        scale_OG = grid.snapped_scale(theta_OG).to(wide)
+        grad_weight_OGS = torch.empty(source_OGS.shape, dtype=weight_OI.dtype, device=weight_OI.device)
+        grad_theta_OG = torch.empty(theta_OG.shape, dtype=theta_OG.dtype, device=weight_OI.device)
+        scratch = _scratch(source_OGS, wide, 3)
+        for rows in grid.row_blocks(source_OGS):
+            block_OGS, scale = source_OGS[rows].to(wide), scale_OG[rows]
+            upstream, codes_OGS, step_OGS = (part[: len(block_OGS)] for part in scratch)
+            upstream.copy_(upstream_OGS[rows])
+            grid.rounded_ratio(block_OGS, scale, out_OGS=codes_OGS)
+            _inside(upstream, codes_OGS, low - 0.5, high + 0.5, grad_input=grad_weight_OGS[rows])
+            _inside(block_OGS, codes_OGS, low - 0.5, high + 0.5, grad_input=step_OGS)
+            # ds * s = g * (s q - W) inside and g * s q outside. Differences of the exact product s q
+            # lose nothing, whereas q - W / s would carry the rounding of the division.
+            step_OGS.addcmul_(codes_OGS.clamp_(low, high), scale.unsqueeze(-1), value=-1).mul_(upstream)
+            grad_theta_OG[rows] = step_OGS.sum(-1).neg_()
+        return grad_weight_OGS.reshape(weight_OI.shape), grad_theta_OG
+
+
+def _scratch(source_OGS: Tensor, dtype: torch.dtype, count: int) -> list[Tensor]:
+    """Buffers for one slice of work each."""
+    rows = next(grid.row_blocks(source_OGS), slice(0, 0))
+    shape = source_OGS[rows].shape
+    return [torch.empty(shape, dtype=dtype, device=source_OGS.device) for _ in range(count)]
+
+
+_kernels: dict[str, Kernels] = {}
+
+
+def use_kernels(device_type: str, kernels: Kernels) -> None:
+    """Quantizes weights on `device_type` with `kernels` from now on, instead of torch operations.
+
+    Whoever assembles a run chooses, since leaves of the package do not import each other:
+    `use_kernels("cuda", grace.kernels.fake_quant_triton)`. Float64 weights keep to torch operations.
+    """
+    _kernels[device_type] = kernels
+
+
+def kernels_for(weight: Tensor) -> Kernels:
+    """What quantizes this weight."""
+    if weight.dtype == torch.float64:
+        return TorchKernels()
+    return _kernels.get(weight.device.type, TorchKernels())
+
 
 class _FakeQuantize(torch.autograd.Function):
     """Saves its inputs only: codes and masks are cheaper to recompute than to keep."""
 
     @staticmethod
-    def forward(ctx: Any, weight_OI: Tensor, theta_OG: Tensor, group_size: int, bits: int) -> Tensor:
+    def forward(
+        ctx: Any, weight_OI: Tensor, theta_OG: Tensor, group_size: int, bits: int, dtype: torch.dtype
+    ) -> Tensor:
         ctx.save_for_backward(weight_OI, theta_OG)
         ctx.group_size, ctx.bits = group_size, bits
-        low, high = grid.code_range(bits)
-        source_OGS = grid.grouped(weight_OI, group_size)
-        dtype = grid.compute_dtype(weight_OI)
-        scale_OG = grid.snapped_scale(theta_OG).to(dtype)
-        output_OGS = torch.empty(source_OGS.shape, dtype=dtype, device=weight_OI.device)
-        for rows in grid.row_blocks(source_OGS):
-            block_OGS, scale = source_OGS[rows].to(dtype), scale_OG[rows]
-            codes_OGS = grid.rounded_ratio(block_OGS, scale, out_OGS=output_OGS[rows]).clamp_(low, high)
-            codes_OGS.mul_(scale.unsqueeze(-1))
-        return output_OGS.reshape(weight_OI.shape)
+        return kernels_for(weight_OI).forward(weight_OI, theta_OG, group_size, bits, dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_OI: Tensor) -> tuple[Tensor, Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, grad_OI: Tensor) -> tuple[Tensor, Tensor, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         weight_OI, theta_OG = ctx.saved_tensors
-        low, high = grid.code_range(ctx.bits)
-        source_OGS = grid.grouped(weight_OI, ctx.group_size)
-        upstream_OGS = grid.grouped(grad_OI, ctx.group_size)
-        dtype = grid.compute_dtype(weight_OI)
-        scale_OG = grid.snapped_scale(theta_OG).to(dtype)
-        grad_weight_OGS = torch.empty(source_OGS.shape, dtype=weight_OI.dtype, device=weight_OI.device)
-        grad_theta_OG = torch.empty(theta_OG.shape, dtype=theta_OG.dtype, device=weight_OI.device)
-        for rows in grid.row_blocks(source_OGS):
-            block_OGS, scale, upstream = source_OGS[rows].to(dtype), scale_OG[rows], upstream_OGS[rows]
-            rounded_OGS = grid.rounded_ratio(block_OGS, scale)
-            codes_OGS = rounded_OGS.clamp(low, high)
-            inside_OGS = (rounded_OGS == codes_OGS).to(dtype)
-            torch.mul(upstream, inside_OGS, out=grad_weight_OGS[rows])
-            # ds * s = g * (s q - W) inside and g * s q outside. Differences of the exact product s q
-            # lose nothing, whereas q - W / s would carry the rounding of the division.
-            step_OGS = codes_OGS.mul_(scale.unsqueeze(-1)).addcmul_(block_OGS, inside_OGS, value=-1)
-            grad_theta_OG[rows] = torch.linalg.vecdot(step_OGS, upstream.to(dtype))
-        return grad_weight_OGS.reshape(weight_OI.shape), grad_theta_OG, None, None
+        grads = kernels_for(weight_OI).backward(weight_OI, theta_OG, grad_OI, ctx.group_size, ctx.bits)
+        return *grads, None, None, None
 
 
-def fake_quantize(weight_OI: Tensor, theta_OG: Tensor, group_size: int = 128, bits: int = 4) -> Tensor:
+def fake_quantize(
+    weight_OI: Tensor,
+    theta_OG: Tensor,
+    group_size: int = 128,
+    bits: int = 4,
+    *,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
     """W_hat = s * q with straight-through gradients to the weight and to theta.
 
-    Values equal `dequantize(*quantize(...))` bit for bit. Nothing is checked that would need the
-    values on the host: a NaN goes through and shows in the loss.
+    Values equal `dequantize(*quantize(...))` exactly, rounded once where `dtype` is a narrow one.
+    Nothing is checked that would need the values on the host: a NaN goes through and shows in the loss.
 
     Args:
         weight_OI: latent weight, any floating dtype.
         theta_OG: natural log of the scales, one per group of `group_size` inputs.
+        dtype: of the result, written directly; by default float32 (float64 for a float64 weight).
+            The gradient that comes back has it too; what is made of it is computed in float32.
 
     Returns:
-        [O, I] float32 (float64 for a float64 weight).
+        [O, I] in `dtype`.
 
     Raises:
-        ValueError: shapes do not fit, or `bits` outside 2..8.
+        ValueError: shapes do not fit, `bits` outside 2..8, or `dtype` is no floating dtype.
     """
     grid.code_range(bits)
     grid.check_scales(weight_OI, theta_OG, group_size)
-    return cast(Tensor, _FakeQuantize.apply(weight_OI, theta_OG, group_size, bits))
+    dtype = dtype or grid.compute_dtype(weight_OI)
+    if not dtype.is_floating_point:
+        raise ValueError(f"weights are quantized to a floating dtype, not to {dtype}")
+    return cast(Tensor, _FakeQuantize.apply(weight_OI, theta_OG, group_size, bits, dtype))
 
 
 class QuantLinear(nn.Linear):
@@ -138,9 +222,9 @@ class QuantLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """x [..., I] -> [..., O], in the dtype of x (or of an enclosing autocast)."""
-        weight_OI = fake_quantize(self.weight, self.theta, self.group_size, self.bits).to(input.dtype)
-        bias_O = None if self.bias is None else self.bias.to(input.dtype)
-        return F.linear(input, weight_OI, bias_O)
+        dtype = _matmul_dtype(input)
+        weight_OI = fake_quantize(self.weight, self.theta, self.group_size, self.bits, dtype=dtype)
+        return F.linear(input, weight_OI, None if self.bias is None else self.bias.to(dtype))
 
     @torch.no_grad()
     def codes_and_scales(self) -> tuple[Tensor, Tensor]:
@@ -156,6 +240,15 @@ class QuantLinear(nn.Linear):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, bits={self.bits}, group_size={self.group_size}"
+
+
+def _matmul_dtype(input: Tensor) -> torch.dtype:
+    """The dtype in which a linear layer multiplies `input` here; autocast leaves float64 alone."""
+    device_type = input.device.type
+    available = torch.amp.is_autocast_available(device_type)  # not on meta, where asking on raises
+    if available and torch.is_autocast_enabled(device_type) and input.dtype != torch.float64:
+        return torch.get_autocast_dtype(device_type)
+    return input.dtype
 
 
 def _check_divides(in_features: int, group_size: int, name: str) -> None:

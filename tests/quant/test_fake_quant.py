@@ -5,16 +5,22 @@ dL/dW_hat * (q - W / s) where q = r and dL/dW_hat * q elsewhere; dL/dtheta = s *
 """
 
 import math
+import subprocess
+import sys
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
-from grace.quant import grid
-from grace.quant.fake_quant import QuantLinear, fake_quantize
+from grace.quant import fake_quant, grid
+from grace.quant.fake_quant import QuantLinear, TorchKernels, fake_quantize, use_kernels
 from grace.quant.grid import dequantize, init_theta, quantize
 
 
@@ -157,6 +163,91 @@ def test_values_are_those_of_the_exported_codes() -> None:
     assert torch.equal(fake_quantize(weight_OI, theta_OG), dequantize(*quantize(weight_OI, theta_OG)))
 
 
+NARROW = [torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("dtype", NARROW)
+def test_a_narrow_result_is_the_exact_one_rounded_once(dtype: torch.dtype, bits: int) -> None:
+    weight_OI, theta_OG = normal(37, 384, scale=0.02 * 2**bits), normal(37, 3, scale=0.3, seed=1) - 3
+    exact_OI = dequantize(*quantize(weight_OI, theta_OG, bits=bits))
+    for weight in (weight_OI, weight_OI.double()):
+        output_OI = fake_quantize(weight, theta_OG, bits=bits, dtype=dtype)
+        assert output_OI.dtype == dtype and torch.equal(output_OI, exact_OI.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+def test_a_narrow_upstream_gradient_is_used_as_it_comes(dtype: torch.dtype) -> None:
+    weight_OI = normal(37, 384).requires_grad_()
+    theta_OG = (init_theta(weight_OI) - 0.2).requires_grad_()
+    upstream_OI = normal(37, 384, scale=1.0, seed=2, dtype=dtype)
+    fake_quantize(weight_OI, theta_OG, dtype=dtype).backward(upstream_OI)
+    narrow = weight_OI.grad, theta_OG.grad
+    weight_OI.grad = theta_OG.grad = None
+    fake_quantize(weight_OI, theta_OG).backward(upstream_OI.float())
+    for ours, theirs in zip(narrow, (weight_OI.grad, theta_OG.grad), strict=True):
+        assert ours is not None and theirs is not None and torch.equal(ours, theirs)
+
+
+class LargeResults(TorchDispatchMode):
+    """Notes the dtype of every result of at least `size` elements."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.size, self.dtypes = size, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and result.numel() >= self.size and not func.is_view:
+            self.dtypes.append(result.dtype)
+        return result
+
+
+def test_nothing_is_kept_but_the_inputs_and_no_float32_weight_is_made(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(grid, "_CPU_BLOCK", 1024)
+    weight_OI = normal(64, 512).requires_grad_()
+    theta_OG = init_theta(weight_OI).requires_grad_()
+    saved: list[Tensor] = []
+    noting = torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t)
+    with noting, LargeResults(weight_OI.numel()) as forward:
+        output_OI = fake_quantize(weight_OI, theta_OG, dtype=torch.bfloat16)
+    with LargeResults(weight_OI.numel()) as backward:
+        grads = torch.autograd.grad(output_OI, [weight_OI, theta_OG], torch.ones_like(output_OI))
+    assert [t.data_ptr() for t in saved] == [weight_OI.data_ptr(), theta_OG.data_ptr()]
+    assert set(forward.dtypes) == {torch.bfloat16}
+    assert (
+        backward.dtypes.count(torch.float32) == 1 and grads[0].dtype == torch.float32
+    )  # the gradient itself
+
+
+def test_kernels_of_a_device_are_used_when_they_were_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    class Counting(TorchKernels):
+        def forward(self, *args: Any) -> Tensor:
+            calls.append("forward")
+            return TorchKernels.forward(*args)
+
+        def backward(self, *args: Any) -> tuple[Tensor, Tensor]:
+            calls.append("backward")
+            return TorchKernels.backward(*args)
+
+    monkeypatch.setattr(fake_quant, "_kernels", {})
+    use_kernels("cpu", Counting())
+    weight_OI = normal(2, 128).requires_grad_()
+    fake_quantize(weight_OI.double(), torch.zeros(2, 1)).sum().backward()
+    assert calls == []
+    fake_quantize(weight_OI, torch.zeros(2, 1)).sum().backward()
+    assert calls == ["forward", "backward"]
+
+
+def test_importing_the_quantizer_needs_no_triton() -> None:
+    code = "import sys, grace.quant.fake_quant; sys.exit('triton' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
 def test_nan_reaches_the_output() -> None:
     weight_OI = normal(2, 128)
     weight_OI[1, 5] = torch.nan
@@ -169,6 +260,8 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
         fake_quantize(torch.zeros(2, 256), torch.zeros(2, 1))
     with pytest.raises(ValueError, match="bits must lie in"):
         fake_quantize(torch.zeros(2, 128), torch.zeros(2, 1), bits=1)
+    with pytest.raises(ValueError, match="floating dtype, not to torch.int8"):
+        fake_quantize(torch.zeros(2, 128), torch.zeros(2, 1), dtype=torch.int8)
 
 
 # ---------------------------------------------------------------- the layer
@@ -202,6 +295,92 @@ def test_layer_trains_its_weight_scales_and_bias() -> None:
         layer.theta.grad.numpy(), expected["theta"], rtol=1e-4, atol=1e-5 * expected["theta_size"].max()
     )
     torch.testing.assert_close(layer.bias.grad, 2 * layer(x).detach().sum(0))
+
+
+@pytest.mark.parametrize("input_dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_layer_multiplies_in_the_dtype_of_an_autocast(
+    input_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What autocast makes of a float32 W_hat, without there being one."""
+    monkeypatch.setattr(grid, "_CPU_BLOCK", 256)
+    layer = QuantLinear(256, 24, name="q")
+    x = normal(5, 256, scale=1.0, seed=2, dtype=input_dtype).requires_grad_()
+
+    def cast_by_autocast() -> Tensor:
+        weight_OI = fake_quantize(layer.weight, layer.theta)
+        if input_dtype == torch.float64:  # autocast leaves these alone
+            return F.linear(x, weight_OI.double(), layer.bias.double())
+        return F.linear(x, weight_OI, layer.bias)
+
+    with torch.autocast("cpu", torch.bfloat16), LargeResults(layer.weight.numel()) as made:
+        layer(x)
+    assert set(made.dtypes) == {torch.float64 if input_dtype == torch.float64 else torch.bfloat16}
+
+    results = []
+    for forward in (lambda: layer(x), cast_by_autocast):
+        with torch.autocast("cpu", torch.bfloat16):
+            output = forward()
+        leaves = [x, layer.weight, layer.theta, layer.bias]
+        grads = torch.autograd.grad(output.float().square().sum(), leaves)
+        results.append([output, *grads])
+    for ours, theirs in zip(*results, strict=True):
+        assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
+
+
+def test_layer_without_memory_has_shapes() -> None:
+    layer = QuantLinear(256, 24, device="meta")
+    with torch.autocast("cpu", torch.bfloat16):
+        output = layer(torch.empty(3, 256, device="meta", dtype=torch.bfloat16))
+    output.sum().backward()
+    assert output.shape == (3, 24) and output.dtype == torch.bfloat16
+    assert layer.theta.grad is not None and layer.theta.grad.shape == (24, 2)
+
+
+class Plain(nn.Module):
+    """The layer as the equations have it: autograd through whole float32 tensors, one STE per line."""
+
+    def __init__(self, layer: QuantLinear):
+        super().__init__()
+        self.weight, self.theta = (nn.Parameter(p.detach().clone()) for p in (layer.weight, layer.theta))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale_OG = self.theta.exp()
+        scale_OG = (scale_OG + (grid.snapped_scale(self.theta) - scale_OG).detach()).unsqueeze(-1)
+        ratio_OGS = grid.grouped(self.weight, 128) / scale_OG
+        rounded_OGS = ratio_OGS + (ratio_OGS.round() - ratio_OGS).detach()
+        return F.linear(x, (rounded_OGS.clamp(-8, 7) * scale_OG).reshape(self.weight.shape))
+
+
+def test_steps_equal_the_plain_paths_with_accumulation_checkpoints_and_evaluation() -> None:
+    """Three AdamW steps of three micro-batches each; latents, scales and losses to fp32 rounding."""
+    torch.manual_seed(0)
+    ours = nn.Sequential(*(QuantLinear(256, 256, bias=False, name=str(i)) for i in range(2)))
+    plain = nn.Sequential(*(Plain(layer) for layer in ours))
+    for module in (*ours, *plain):
+        module.theta.data -= 0.5  # so that much is clipped
+    plain_optimizer, our_optimizer = (
+        torch.optim.AdamW(m.parameters(), lr=1e-3, eps=1e-4) for m in (plain, ours)
+    )
+    for step in range(3):
+        for micro_batch in range(3):
+            x = normal(16, 256, scale=1.0, seed=10 * step + micro_batch)
+            target = plain(x).tanh().square().mean()
+            target.backward()
+            hidden = x.requires_grad_()
+            for layer in ours:
+                hidden = checkpoint(layer, hidden, use_reentrant=False)
+            loss = hidden.tanh().square().mean()
+            with torch.no_grad():  # evaluation between forward and backward
+                evaluated = ours.eval()(x)
+            ours.train()
+            loss.backward()
+            torch.testing.assert_close(loss, target, rtol=1e-5, atol=1e-7)
+            torch.testing.assert_close(evaluated, hidden)
+        for optimizer in (plain_optimizer, our_optimizer):
+            optimizer.step()
+            optimizer.zero_grad()
+        for our, theirs in zip(ours.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(our, theirs, rtol=1e-5, atol=1e-6)
 
 
 def test_layer_that_cannot_be_quantized_is_named() -> None:
