@@ -23,7 +23,7 @@ from grace.errors import UserError
 from grace.files import remove_leftovers
 from grace.models import qwen3vl
 from grace.models.processor import load_processor
-from grace.quant.fake_quant import use_kernels
+from grace.quant.fake_quant import Kernels, TorchKernels, use_kernels
 from grace.step import Objective, StudentWithLoss, row_kernel
 
 RECIPE_FILE = "recipe.yaml"
@@ -95,10 +95,7 @@ def set_up(recipe: Recipe, accelerator: Accelerator, tokenizer: Any, steps: int)
         ).requires_grad_(False)
         vocabulary = min(vocabulary, qwen3vl.head_weight(teacher).shape[0])
     kernels = chosen_kernels(recipe.run.kernels, device.type)
-    if kernels == "triton":
-        from grace.kernels import fake_quant_triton
-
-        use_kernels(device.type, fake_quant_triton)
+    use_kernels(device.type, quantizer_kernels(kernels))
     objective = Objective(
         options.loss, options.temperature, options.tckd_weight, options.nckd_weight, vocabulary,
         row_kernel(kernels),
@@ -137,6 +134,15 @@ def chosen_kernels(asked: str, device_type: str) -> str:
             f"run.kernels=triton needs a CUDA device, this is {device_type}: set it to auto or torch"
         )
     return asked
+
+
+def quantizer_kernels(kernels: str) -> Kernels:
+    """The fake quantizer's two directions: "torch" operations, or the "triton" kernels."""
+    if kernels == "torch":
+        return TorchKernels()
+    from grace.kernels import fake_quant_triton
+
+    return fake_quant_triton
 
 
 def put_quantizer(model: qwen3vl.Qwen3VLForConditionalGeneration, recipe: Recipe) -> None:
