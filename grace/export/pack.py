@@ -23,7 +23,7 @@ from grace.data.records import Record, load_records
 from grace.errors import UserError
 from grace.export import awq, parity
 from grace.export.model_card import model_card
-from grace.export.source import WEIGHTS, Source, StoredModules, open_source
+from grace.export.source import AWQ_MODULES, WEIGHTS, Source, StoredModules, open_source
 from grace.export.stream import Entry, TensorFile, write_safetensors
 from grace.files import new_directory, require_free
 from grace.kernels.awq_layout import PER_WORD
@@ -31,7 +31,6 @@ from grace.quant.grid import dequantize
 
 FORMATS = ("awq", "qat")
 PARITY_RECORDS = 16
-MODULES_FILE = "awq_quantized_modules.json"
 # Both names: transformers matches anchored paths, vLLM and SGLang substrings (DESIGN section 6).
 NOT_CONVERTED = ["visual", "model.visual", "lm_head"]
 
@@ -153,7 +152,7 @@ def write_awq(source: Source, directory: Path) -> None:
         write_safetensors(directory / WEIGHTS, entries, {"format": "pt"})
     _write_json(directory / "config.json", awq_config(source.config, source.qat.group_size))
     modules = {"bits": awq.BITS, "group_size": source.qat.group_size, "modules": sorted(source.qat.modules)}
-    _write_json(directory / MODULES_FILE, modules)
+    _write_json(directory / AWQ_MODULES, modules)
     copy_verbatim_files(source.directory, directory)
 
 

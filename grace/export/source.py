@@ -22,6 +22,7 @@ from grace.export.stream import TensorFile
 from grace.runtime.generate import require_tokenizer
 
 WEIGHTS = "model.safetensors"
+AWQ_MODULES = "awq_quantized_modules.json"
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,8 @@ def find_model(source: Path) -> Path:
         raise UserError(
             f"the run in {source} has not finished (no model/): start its training command again first"
         )
+    if (directory / AWQ_MODULES).is_file():
+        raise UserError(f"{directory} is an export already: give the run it came from, or its QAT export")
     if (directory / "config.json").is_file():
         raise UserError(
             f"{directory} is a full-precision model without integer codes: export a run with quant.bits"

@@ -234,3 +234,8 @@ def test_command_prints_one_json_object(qat_run: Path, tmp_path: Path, tiny_worl
     report = json.loads(printed.out)
     assert report["formats"]["awq"]["path"] == str(tmp_path / "out")
     assert "parity awq" in printed.err and "tolerance" in printed.err
+
+
+def test_export_of_an_export_is_refused_by_name(awq_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is an export already"):
+        export_run(awq_dir, tmp_path / "again")
