@@ -27,7 +27,7 @@ from grace.distill.rows import RowLosses, RowSettings
 
 # Bytes of a chunk's student logits. The teacher's exist for a quarter of the chunk at a time: a larger chunk
 # makes the two gradient products cheaper, which read and write the whole head each time.
-CHUNK_BYTES = {"cpu": 128 * 2**20, "cuda": 512 * 2**20}
+CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}
 _TEACHER_SHARE = 4
 # Vocabulary entries at a time where a 16-bit product is added to a wider gradient.
 _HEAD_TILE = 16384
