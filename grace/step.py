@@ -166,7 +166,7 @@ def run_teacher(
             hidden.append(supervised(states.final_BLD, batch.labels_BL)[0])
             visual += qwen3vl.visual_tokens(teacher, states.last_layer_input_BLD, batch)
     if teacher_batches is not None and hidden:
-        counts = [supervised_tokens(batch) for batch in batches if batch is not None]
+        counts = [int(supervised_tokens(batch)) for batch in batches if batch is not None]
         hidden = list(torch.cat(hidden).split(counts))
     results: list[TeacherSignals | None] = []
     parts, pictures, head_VE = iter(hidden), iter(visual), qwen3vl.head_weight(teacher)
@@ -196,9 +196,9 @@ def count_step(
     return StepCounts(max(tokens, 1.0), max(gate_sum, 1e-12), max(images, 1.0))
 
 
-def supervised_tokens(batch: Batch) -> int:
-    """Positions that predict a label (as `supervised` selects them)."""
-    return int((batch.labels_BL[:, 1:] != IGNORE_INDEX).sum())
+def supervised_tokens(batch: Batch) -> Tensor:
+    """Number of positions that predict a label (as `supervised` selects them), 0-d: counting waits for nothing."""
+    return (batch.labels_BL[:, 1:] != IGNORE_INDEX).sum()
 
 
 def non_finite(batches: Sequence[Batch | None], signals: Sequence[TeacherSignals | None]) -> list[str]:
