@@ -37,6 +37,8 @@ class Teacher:
     base: str | None = None  # as the student's
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     micro_batch_size: int | None = number("[1, inf)", default=None)
+    cache: str | None = None  # made by `grace teacher-cache`; training then holds no teacher in memory
+    cache_top_k: int = number("[1, inf)", default=64)  # likeliest tokens kept beside the target, and used
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,11 @@ class Recipe:
     quant: Quant = Quant()
     distill: Distill = Distill()
 
+    @property
+    def distils(self) -> bool:
+        """Whether there is anything to learn from a teacher."""
+        return self.distill.loss != "none" or self.distill.rcka_weight > 0
+
 
 # ---------------------------------------------------------------- loading
 
@@ -228,9 +235,9 @@ def _parse_override(override: str) -> tuple[str, str, Any]:
 def _check_together(recipe: Recipe, source: str) -> None:
     """What no single field can tell."""
     distill, data = recipe.distill, recipe.data
-    if (distill.loss != "none" or distill.rcka_weight > 0) and recipe.teacher.path is None:
+    if recipe.distils and recipe.teacher.path is None and recipe.teacher.cache is None:
         raise UserError(
-            f"{source}: distill needs a teacher, set teacher.path, "
+            f"{source}: distill needs a teacher, set teacher.path or teacher.cache, "
             "or distill.loss=none and distill.rcka_weight=0"
         )
     if not distill.beta_min <= distill.beta_init <= distill.beta_max:

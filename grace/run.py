@@ -5,7 +5,6 @@
 
 import contextlib
 import copy
-import fcntl
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,9 +17,10 @@ from torch import Tensor
 
 from grace import checkpoint
 from grace.config import Recipe, load_recipe, recipe_diff
+from grace.distill.cache_store import TeacherCache
 from grace.distill.controller import IBController
 from grace.errors import UserError
-from grace.files import remove_leftovers
+from grace.files import locked, remove_leftovers
 from grace.models import qwen3vl
 from grace.models.processor import load_processor
 from grace.quant.fake_quant import Kernels, TorchKernels, use_kernels
@@ -54,6 +54,7 @@ class Run:
     total_steps: int
     base_config: Any
     kernels: str  # torch | triton
+    cache: TeacherCache | None = None  # in place of a teacher
     step: int = 0
     validation: dict[str, float] | None = None
 
@@ -74,8 +75,14 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     return accelerator
 
 
-def set_up(recipe: Recipe, accelerator: Accelerator, tokenizer: Any, steps: int) -> Run:
-    """Loads the models, puts the quantizer in, builds optimizer and controller."""
+def set_up(
+    recipe: Recipe, accelerator: Accelerator, tokenizer: Any, steps: int, cache: TeacherCache | None = None
+) -> Run:
+    """Loads the models, puts the quantizer in, builds optimizer and controller.
+
+    Args:
+        cache: what stands in for a teacher.
+    """
     device, options = accelerator.device, recipe.distill
     model = qwen3vl.load_model(recipe.student.path, torch.float32, device)
     base_config = copy.deepcopy(model.config)
@@ -87,12 +94,12 @@ def set_up(recipe: Recipe, accelerator: Accelerator, tokenizer: Any, steps: int)
     if recipe.run.gradient_checkpointing:
         qwen3vl.enable_checkpointing(model)
     teacher, vocabulary = None, qwen3vl.head_weight(model).shape[0]
-    if options.loss != "none" or options.rcka_weight > 0:
+    if cache is not None:
+        vocabulary = cache.vocabulary
+    elif recipe.distils:
         assert recipe.teacher.path is not None  # the recipe was validated
         require_same_tokenizer(tokenizer, recipe.teacher.path)
-        teacher = qwen3vl.load_model(
-            recipe.teacher.path, getattr(torch, recipe.teacher.dtype), device
-        ).requires_grad_(False)
+        teacher = load_teacher(recipe, device)
         vocabulary = min(vocabulary, qwen3vl.head_weight(teacher).shape[0])
     kernels = chosen_kernels(recipe.run.kernels, device.type)
     use_kernels(device.type, quantizer_kernels(kernels))
@@ -118,7 +125,15 @@ def set_up(recipe: Recipe, accelerator: Accelerator, tokenizer: Any, steps: int)
         steps,
         base_config,
         kernels,
+        cache,
     )
+
+
+def load_teacher(recipe: Recipe, device: torch.device) -> qwen3vl.Qwen3VLForConditionalGeneration:
+    """The frozen teacher that a recipe names."""
+    assert recipe.teacher.path is not None
+    dtype = getattr(torch, recipe.teacher.dtype)
+    return qwen3vl.load_model(recipe.teacher.path, dtype, device).requires_grad_(False)
 
 
 def chosen_kernels(asked: str, device_type: str) -> str:
@@ -219,15 +234,7 @@ def claimed(run_dir: Path, recipe: Recipe, is_main: bool) -> Iterator[None]:
     if not is_main:
         yield
         return
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        lock = (run_dir / ".lock").open("w")
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise UserError(f"{run_dir} is in use by another run: wait for it, or set run.output_dir") from error
-    except OSError as error:
-        raise UserError(f"cannot write to {run_dir} ({error.strerror}): set run.output_dir") from error
-    with lock:
+    with locked(run_dir, "run.output_dir"):
         for folder in (run_dir, run_dir / "checkpoints"):
             remove_leftovers(folder)
         require_same_recipe(run_dir, recipe)

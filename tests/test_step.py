@@ -28,7 +28,7 @@ from grace.distill.teacher import supervised
 from grace.models import qwen3vl
 from grace.models.processor import load_processor
 from grace.run import Run, make_accelerator, set_up
-from grace.step import NonFiniteLoss, Weights, forward_backward
+from grace.step import NonFiniteLoss, Weights, forward_backward, run_teacher
 
 WEIGHTS = Weights(beta=0.7, omega=3.0)
 
@@ -92,10 +92,10 @@ def step(
 ) -> dict[str, Tensor]:
     """Losses, counts and all gradients of one step, as one dictionary of tensors."""
     run.optimizer.zero_grad(set_to_none=True)
-    result = forward_backward(
-        run.accelerator, run.student, run.teacher, batches, weights, run.objective.vocabulary, "gdkd",
-        teacher_batches,
-    )  # fmt: skip
+    assert run.teacher is not None
+    signals = run_teacher(run.teacher, batches, run.objective.vocabulary, teacher_batches)
+    head_VE = qwen3vl.head_weight(run.teacher)
+    result = forward_backward(run.accelerator, run.student, batches, signals, weights, "gdkd", head_VE)
     losses = ("total", "ce", "kd", "rcka", "degenerate_images")
     values = {f"loss.{name}": torch.tensor(getattr(result, name), dtype=torch.float64) for name in losses}
     values |= {

@@ -256,8 +256,10 @@ def _chunks(
 
 def _teacher_rows(teacher: Teacher, at: slice, shared: int) -> Tensor | TopKRows | None:
     """The teacher's side of some tokens: logits [C, S] in its own dtype, or what is known of them."""
-    if not isinstance(teacher, tuple):
-        return None if teacher is None else teacher[at]
+    if teacher is None:
+        return None
+    if isinstance(teacher, TopKRows):
+        return teacher.of(at)
     hidden_TE, head_VE = teacher
     return F.linear(hidden_TE[at], head_VE[:shared].to(hidden_TE.dtype))
 

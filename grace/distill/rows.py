@@ -61,7 +61,7 @@ def loss_rows(
     parts = [
         _block(
             student_CV[rows],
-            None if teacher is None else teacher[rows],
+            teacher.of(rows) if isinstance(teacher, TopKRows) else None if teacher is None else teacher[rows],
             targets_C[rows].unsqueeze(-1),
             None if gate_C is None else gate_C[rows].unsqueeze(-1),
             settings,

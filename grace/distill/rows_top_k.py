@@ -11,7 +11,7 @@ TCKD is exact.
 Shape suffixes: B tokens of a block, K tokens known of each, S shared vocabulary; a 1 marks a kept dimension.
 """
 
-from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -19,9 +19,8 @@ from grace.distill.bernoulli import expectation
 from grace.distill.row_parts import Rest, positive, tiny
 
 
-@dataclass(frozen=True)
-class TopKRows:
-    """The teacher's rest at the temperature of the loss, rows by slicing.
+class TopKRows(NamedTuple):
+    """The teacher's rest at the temperature of the loss.
 
     Attributes:
         odds_B1: the target's log-odds.
@@ -35,8 +34,9 @@ class TopKRows:
     log_share_BK: Tensor
     log_residual_B1: Tensor
 
-    def __getitem__(self, rows: slice) -> "TopKRows":
-        return TopKRows(*(getattr(self, field.name)[rows] for field in fields(self)))
+    def of(self, rows: slice) -> "TopKRows":
+        """Some of the rows."""
+        return TopKRows(*(part[rows] for part in self))
 
     def divergence_B1(self, student: Rest) -> Tensor:
         """NCKD_k."""

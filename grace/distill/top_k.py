@@ -48,6 +48,11 @@ class TopK:
         """The same on `device`."""
         return replace(self, **{name: value.to(device) for name, value in self.tensors().items()})
 
+    def split(self, counts: Sequence[int]) -> list["TopK"]:
+        """The tokens of several records: the first `counts[0]`, the next `counts[1]`, ..."""
+        parts = {name: value.split(list(counts)) for name, value in self.tensors().items()}
+        return [replace(self, **{name: parts[name][i] for name in parts}) for i in range(len(counts))]
+
     def tempered_TK(self) -> Tensor:
         """Log-probabilities of the K tokens at the temperature of the loss."""
         return self.log_prob_TK / self.temperature + self.shift_T.unsqueeze(-1)

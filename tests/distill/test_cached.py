@@ -61,7 +61,15 @@ def test_loss_and_gradients_are_those_of_the_coarse_definition(
     top_k = teacher_top_k(teacher, teacher_head, targets, k, temperature=temperature)
     leaves = [t.clone().requires_grad_() for t in (hidden, head)]
     total, parts = fused_ce_gdkd(
-        *leaves, None, None, targets, ce_scale=CE, gdkd_scale=KD, temperature=temperature, teacher_top_k=top_k
+        leaves[0],
+        leaves[1],
+        None,
+        None,
+        targets,
+        ce_scale=CE,
+        gdkd_scale=KD,
+        temperature=temperature,
+        teacher_top_k=top_k,
     )
     total.backward()
     exact = [t.double().requires_grad_() for t in (hidden, head)]
