@@ -18,60 +18,11 @@ from torch import Tensor, nn
 from transformers import AutoConfig, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from grace.errors import UserError
+from grace.models.published import PUBLISHED_SHAPES
 from grace.quant.fake_quant import QuantLinear
 
 DECODER_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 IMAGE_TOKEN_TYPE = 1  # value of mm_token_type_ids at image tokens
-
-# Shapes of the published models (their config.json on the Hub), so that a plan can be printed
-# with nothing downloaded. Only what differs between sizes is listed.
-_PUBLISHED_SHAPES: dict[str, dict[str, Any]] = {
-    "Qwen/Qwen3-VL-2B-Instruct": {
-        "text": {
-            "hidden_size": 2048,
-            "intermediate_size": 6144,
-            "num_hidden_layers": 28,
-            "num_attention_heads": 16,
-        },
-        "vision": {
-            "depth": 24,
-            "hidden_size": 1024,
-            "intermediate_size": 4096,
-            "deepstack_visual_indexes": [5, 11, 17],
-        },
-        "tied": True,
-    },
-    "Qwen/Qwen3-VL-4B-Instruct": {
-        "text": {
-            "hidden_size": 2560,
-            "intermediate_size": 9728,
-            "num_hidden_layers": 36,
-            "num_attention_heads": 32,
-        },
-        "vision": {
-            "depth": 24,
-            "hidden_size": 1024,
-            "intermediate_size": 4096,
-            "deepstack_visual_indexes": [5, 11, 17],
-        },
-        "tied": True,
-    },
-    "Qwen/Qwen3-VL-8B-Instruct": {
-        "text": {
-            "hidden_size": 4096,
-            "intermediate_size": 12288,
-            "num_hidden_layers": 36,
-            "num_attention_heads": 32,
-        },
-        "vision": {
-            "depth": 27,
-            "hidden_size": 1152,
-            "intermediate_size": 4304,
-            "deepstack_visual_indexes": [8, 16, 24],
-        },
-        "tied": False,
-    },
-}
 
 
 class ModelInputs(Protocol):
@@ -119,10 +70,10 @@ def config_for(path: str) -> Qwen3VLConfig:
         if not isinstance(config, Qwen3VLConfig):
             raise UserError(f"{path} holds a {config.model_type} model: GRACE trains Qwen3-VL")
         return config
-    if path not in _PUBLISHED_SHAPES:
-        known = ", ".join(_PUBLISHED_SHAPES)
+    if path not in PUBLISHED_SHAPES:
+        known = ", ".join(PUBLISHED_SHAPES)
         raise UserError(f"no model at {path}: give a directory with config.json, or one of {known}")
-    shape = _PUBLISHED_SHAPES[path]
+    shape = PUBLISHED_SHAPES[path]
     text = {
         "vocab_size": 151936,
         "num_key_value_heads": 8,
