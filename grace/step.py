@@ -155,6 +155,7 @@ def run_teacher(
     """The teacher over every micro-batch of the step, keeping only what the student needs.
 
     Args:
+        teacher: wherever its layers are; its output layer is where the batches are, and so are the signals.
         batches: the student's micro-batches.
         teacher_batches: the same records in the same order, cut otherwise; None runs on the student's.
     """
@@ -162,9 +163,10 @@ def run_teacher(
     visual: list[Tensor] = []
     for batch in batches if teacher_batches is None else teacher_batches:
         if batch is not None:
-            states = qwen3vl.hidden_states(teacher, batch)
-            hidden.append(supervised(states.final_BLD, batch.labels_BL)[0])
-            visual += qwen3vl.visual_tokens(teacher, states.last_layer_input_BLD, batch)
+            states = qwen3vl.hidden_states(teacher, batch.to(qwen3vl.input_device(teacher)))
+            home = batch.labels_BL.device
+            hidden.append(supervised(states.final_BLD.to(home), batch.labels_BL)[0])
+            visual += qwen3vl.visual_tokens(teacher, states.last_layer_input_BLD.to(home), batch)
     if teacher_batches is not None and hidden:
         counts = [int(supervised_tokens(batch)) for batch in batches if batch is not None]
         hidden = list(torch.cat(hidden).split(counts))
