@@ -20,7 +20,7 @@ from grace.errors import UserError
 from grace.models import qwen3vl
 from grace.models.processor import load_processor
 from grace.models.tiny import build_tokenizer, tiny_config
-from grace.plan_memory import Sizes, memory
+from grace.plan_memory import Sizes, memory, teacher_elsewhere
 from grace.plan_text import format_plan
 from grace.run import total_steps
 
@@ -51,7 +51,8 @@ def plan(recipe: Recipe, world_size: int | None = None) -> dict[str, Any]:
     if recipe.distill.loss != "none" or recipe.distill.rcka_weight > 0:
         assert recipe.teacher.path is not None  # the recipe was validated
         teacher, teacher_from = _skeleton(recipe.teacher.path, recipe.teacher.base, "teacher")
-        teacher_plan = _describe(teacher, recipe.teacher.path, teacher_from) | {"dtype": recipe.teacher.dtype}
+        teacher_plan = _describe(teacher, recipe.teacher.path, teacher_from)
+        teacher_plan |= {key: getattr(recipe.teacher, key) for key in ("dtype", "load_in", "device")}
     scales = quantization["scales"] if quantization else 0
     trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
     data = _data(recipe)
@@ -81,6 +82,7 @@ def plan(recipe: Recipe, world_size: int | None = None) -> dict[str, Any]:
         "schedule": schedule,
         "distillation": _distillation(recipe),
         "memory": memory(sizes, recipe),
+        "teacher_memory": teacher_elsewhere(sizes, recipe),
         "notes": _notes(recipe, schedule),
     }
 

@@ -11,13 +11,14 @@ import importlib.util
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from grace.errors import UserError
 from grace.models import qwen3vl
 
+Place = TypeVar("Place")
 NF4_BLOCK = 64  # weights that share one float32 scale
 
 
@@ -153,8 +154,8 @@ def weight_bytes(
 
 
 def spread(
-    model: qwen3vl.Qwen3VLForConditionalGeneration, sizes: Mapping[str, int], devices: Sequence[str]
-) -> dict[str, str]:
+    model: qwen3vl.Qwen3VLForConditionalGeneration, sizes: Mapping[str, int], devices: Sequence[Place]
+) -> dict[str, Place]:
     """Device of every block, the output layer's left out: consecutive blocks together, even in bytes.
 
     Args:
