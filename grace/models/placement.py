@@ -7,7 +7,6 @@ One machine's processes are taken to see all of its GPUs, process i training on 
 `accelerate launch` has it.
 """
 
-import importlib.util
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -107,18 +106,20 @@ def load_teacher(
 
 
 def quantization(path: str, load_in: str, dtype: torch.dtype) -> Any:
-    """How transformers loads the decoder linears: LLM.int8 or NF4; all else keeps `dtype`.
+    """How transformers loads the decoder linears: LLM.int8 (products in float16) or NF4 (in `dtype`).
+
+    Vision tower, embeddings, output layer and norms keep `dtype`.
 
     Raises:
         UserError: bitsandbytes is missing, or the model at `path` is quantized already.
     """
     from transformers import BitsAndBytesConfig
-    from transformers.utils.import_utils import is_bitsandbytes_available
+    from transformers.utils import import_utils
 
-    if not is_bitsandbytes_available():
-        found = "a newer bitsandbytes" if importlib.util.find_spec("bitsandbytes") else "bitsandbytes"
+    if not import_utils.is_bitsandbytes_available():
         raise UserError(
-            f"teacher.load_in={load_in} needs {found}: pip install -U 'grace[bitsandbytes]', or set it to null"
+            f"teacher.load_in={load_in} needs bitsandbytes {import_utils.BITSANDBYTES_MIN_VERSION} or newer: "
+            "pip install 'grace[bitsandbytes]', or set it to null"
         )
     if getattr(qwen3vl.config_for(path), "quantization_config", None) is not None:
         raise UserError(f"teacher.load_in={load_in}: {path} is quantized already, set teacher.load_in=null")

@@ -69,7 +69,7 @@ def test_devices_that_cannot_be(asked, own, processes, gpus, expected) -> None:
         teacher_devices(asked, own, processes, gpus)
 
 
-@pytest.mark.parametrize(("processes", "gpus"), itertools.product([1, 2, 3, 4], range(9)))
+@pytest.mark.parametrize(("processes", "gpus"), list(itertools.product([1, 2, 3, 4], range(9))))
 @pytest.mark.parametrize("asked", ["spread", "cuda:+1", "cuda:+2", "cuda:+4", "cuda:1"])
 def test_processes_agree_and_share_no_gpu(asked: str, processes: int, gpus: int) -> None:
     """All refuse, or all have devices of their own that are there and on which nobody trains."""
@@ -244,6 +244,12 @@ def test_few_bits(tiny_teacher_dir: Path, inputs, load_in: str, weights_off: flo
     for one, other in zip(states(plain, inputs), states(teacher, inputs), strict=True):
         kept = inputs.attention_mask_BL.bool()
         assert (one[kept] - other[kept]).float().norm() < 0.06 * one[kept].float().norm()
+
+
+def test_missing_bitsandbytes_is_named(tiny_teacher_dir: Path, monkeypatch) -> None:
+    monkeypatch.setattr("transformers.utils.import_utils.is_bitsandbytes_available", lambda: False)
+    with pytest.raises(UserError, match=r"4bit needs bitsandbytes .*: pip install 'grace\[bitsandbytes\]'"):
+        load_teacher(str(tiny_teacher_dir), torch.float32, [CPU], CPU, "4bit")
 
 
 def test_few_bits_of_what_is_quantized_already(awq_dir: Path) -> None:
