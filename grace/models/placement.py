@@ -7,12 +7,16 @@ One machine's processes are taken to see all of its GPUs, process i training on 
 `accelerate launch` has it.
 """
 
+import contextlib
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from transformers import AutoConfig, BitsAndBytesConfig, Qwen3VLConfig
+from transformers.utils import import_utils
 
 from grace.errors import UserError
 from grace.models import qwen3vl
@@ -43,7 +47,7 @@ def teacher_devices(asked: str | None, own: torch.device, processes: int, gpus: 
     relative = asked == "spread" or asked.startswith("cuda:+")
     if relative and own.type != "cuda":
         raise UserError(
-            f"{fault} is relative to the student's GPU, but the student is on {own}: name a device"
+            f"{fault} is relative to the student's GPU, but the student is on {_name(own)}: name a device"
         )
     if asked == "spread":
         if gpus < 2 * processes:
@@ -63,8 +67,8 @@ def teacher_devices(asked: str | None, own: torch.device, processes: int, gpus: 
         )
     if (index + processes - 1 if relative else index) >= gpus:
         raise UserError(
-            f"{fault} does not exist for {several}, which sees {gpus} GPU{'s' * (gpus != 1)}: "
-            "set it to a GPU that is there, or to cpu or null"
+            f"{fault} does not exist for {several}, {gpus} GPU{'s are' if gpus != 1 else ' is'} there: "
+            "set it to one of them, or to cpu or null"
         )
     return [torch.device("cuda", _index(own) + index if relative else index)]
 
@@ -74,7 +78,18 @@ def _index(gpu: torch.device) -> int:
 
 
 def _name(device: torch.device) -> str:
-    return f"cuda:{_index(device)}" if device.type == "cuda" else str(device)
+    """One name for each device: there is one CPU, also where a process is given "cpu:0"."""
+    return f"cuda:{_index(device)}" if device.type == "cuda" else device.type
+
+
+def _config(path: str) -> Qwen3VLConfig:
+    """Of a directory or, unlike `config_for` alone, of any model that the Hub's cache has too."""
+    if not Path(path).exists():
+        with contextlib.suppress(OSError, ValueError):
+            config = AutoConfig.from_pretrained(path)
+            if isinstance(config, Qwen3VLConfig):
+                return config
+    return qwen3vl.config_for(path)
 
 
 def load_teacher(
@@ -94,13 +109,13 @@ def load_teacher(
     if load_in is not None:
         options["quantization_config"] = quantization(path, load_in, dtype)
     if len(devices) > 1:
-        model = qwen3vl.skeleton(qwen3vl.config_for(path))
+        model = qwen3vl.skeleton(_config(path))
         places = spread(model, weight_bytes(model, dtype.itemsize, load_in), [_name(d) for d in devices])
         options["device_map"] = places | {qwen3vl.HEAD: _name(own)}
     elif load_in is not None:  # quantized on the way to its device
         options["device_map"] = {"": _name(devices[0])}
     model = qwen3vl.load_model(path, dtype, devices[0], **options)
-    if list(devices) != [own]:
+    if [_name(device) for device in devices] != [_name(own)]:
         qwen3vl.put_head_on(model, own)
     return model.requires_grad_(False)
 
@@ -113,15 +128,12 @@ def quantization(path: str, load_in: str, dtype: torch.dtype) -> Any:
     Raises:
         UserError: bitsandbytes is missing, or the model at `path` is quantized already.
     """
-    from transformers import BitsAndBytesConfig
-    from transformers.utils import import_utils
-
     if not import_utils.is_bitsandbytes_available():
         raise UserError(
             f"teacher.load_in={load_in} needs bitsandbytes {import_utils.BITSANDBYTES_MIN_VERSION} or newer: "
             "pip install 'grace[bitsandbytes]', or set it to null"
         )
-    if getattr(qwen3vl.config_for(path), "quantization_config", None) is not None:
+    if getattr(_config(path), "quantization_config", None) is not None:
         raise UserError(f"teacher.load_in={load_in}: {path} is quantized already, set teacher.load_in=null")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of each product's cast to float16
     return BitsAndBytesConfig(

@@ -3,6 +3,7 @@
 import itertools
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -52,7 +53,7 @@ def test_devices(asked, own, processes, gpus, expected) -> None:
 @pytest.mark.parametrize(
     ("asked", "own", "processes", "gpus", "expected"),
     [
-        ("cuda:1", CPU, 1, 0, r"cuda:1 does not exist .* sees 0 GPUs: .* cpu or null"),
+        ("cuda:1", CPU, 1, 0, r"cuda:1 does not exist .* 0 GPUs are there: .* cpu or null"),
         ("cuda:2", gpu(0), 1, 2, "does not exist"),
         ("cuda:+2", gpu(0), 1, 2, "does not exist"),
         ("cuda:+2", gpu(0), 2, 3, "does not exist for 2 processes"),  # not for the other one
@@ -132,14 +133,15 @@ def inputs(tiny_world_dir: Path, tiny_teacher_dir: Path):
 
 
 @torch.inference_mode()
-def states(model: nn.Module, batch) -> tuple[Tensor, Tensor]:
-    result = qwen3vl.hidden_states(model, batch)  # type: ignore[arg-type]
+def states(model: Any, batch) -> tuple[Tensor, Tensor]:
+    result = qwen3vl.hidden_states(model, batch)
     return result.final_BLD, result.last_layer_input_BLD
 
 
-def test_alone_on_the_students_device_is_the_plain_model(tiny_teacher_dir: Path, inputs) -> None:
+@pytest.mark.parametrize("own", ["cpu", "cpu:0"])  # cpu:0 is what a process among others is given
+def test_alone_on_the_students_device_is_the_plain_model(tiny_teacher_dir: Path, inputs, own: str) -> None:
     plain = qwen3vl.load_model(str(tiny_teacher_dir))
-    teacher = load_teacher(str(tiny_teacher_dir), torch.float32, [CPU], CPU, None)
+    teacher = load_teacher(str(tiny_teacher_dir), torch.float32, [CPU], torch.device(own), None)
     assert not any(p.requires_grad for p in teacher.parameters()) and not teacher.training
     # No copy of a tied output layer.
     assert qwen3vl.head_weight(teacher) is teacher.get_input_embeddings().weight
@@ -209,16 +211,15 @@ def dequantized(linear: nn.Linear) -> Tensor:
     """The weight that a bitsandbytes layer stands for, before its first use (which may repack it)."""
     import bitsandbytes
 
-    weight = linear.weight
-    if isinstance(weight, bitsandbytes.nn.Params4bit):
+    weight: Any = linear.weight
+    if hasattr(weight, "quant_state"):
         return bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state).float()
-    return weight.data.float() * weight.SCB[:, None] / 127  # type: ignore[attr-defined]
+    return weight.data.float() * weight.SCB[:, None] / 127
 
 
 def scale_bytes(linear: nn.Linear) -> int:
-    state = getattr(linear.weight, "quant_state", None)
-    scales = state.absmax if state is not None else linear.weight.SCB  # type: ignore[attr-defined]
-    return scales.nbytes
+    weight: Any = linear.weight
+    return (weight.quant_state.absmax if hasattr(weight, "quant_state") else weight.SCB).nbytes
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -250,6 +251,14 @@ def test_missing_bitsandbytes_is_named(tiny_teacher_dir: Path, monkeypatch) -> N
     monkeypatch.setattr("transformers.utils.import_utils.is_bitsandbytes_available", lambda: False)
     with pytest.raises(UserError, match=r"4bit needs bitsandbytes .*: pip install 'grace\[bitsandbytes\]'"):
         load_teacher(str(tiny_teacher_dir), torch.float32, [CPU], CPU, "4bit")
+
+
+@pytest.mark.parametrize(("places", "load_in"), [([CPU, CPU], None), ([CPU], "8bit")])
+def test_no_model_there(tmp_path: Path, places, load_in) -> None:
+    if load_in is not None:
+        pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    with pytest.raises(UserError, match="no model at .*nowhere"):
+        load_teacher(str(tmp_path / "nowhere"), torch.float32, places, CPU, load_in)
 
 
 def test_few_bits_of_what_is_quantized_already(awq_dir: Path) -> None:
