@@ -47,7 +47,7 @@ def teacher_devices(asked: str | None, own: torch.device, processes: int, gpus: 
     relative = asked == "spread" or asked.startswith("cuda:+")
     if relative and own.type != "cuda":
         raise UserError(
-            f"{fault} is relative to the student's GPU, but the student is on {_name(own)}: name a device"
+            f"{fault} is relative to the student's GPU, but the student is on {_name(own)}: set it to cpu, cuda:N or null"
         )
     if asked == "spread":
         if gpus < 2 * processes:
