@@ -41,7 +41,7 @@ def cache_settings(recipe: Recipe, processor: Any) -> dict[str, Any]:
         ),
         "teacher": path,
         "teacher_weights": weights_fingerprint(Path(path)) if path and Path(path).is_dir() else None,
-        "teacher_dtype": recipe.teacher.dtype,
+        "teacher_precision": recipe.teacher.load_in or recipe.teacher.dtype,
         "teacher_vocabulary": teacher,
         "vocabulary": min(student, teacher),
         "temperature": recipe.distill.temperature,
@@ -89,8 +89,9 @@ def _difference(cached: Mapping[str, Any], wanted: Mapping[str, Any]) -> str | N
         return (
             f"{wanted['teacher']} holds other weights than the teacher that made it ({cached.get('teacher')})"
         )
-    if wanted["teacher"] and cached.get("teacher_dtype") != wanted["teacher_dtype"]:
-        return f"its teacher ran in {cached.get('teacher_dtype')}, teacher.dtype is {wanted['teacher_dtype']}"
+    precision = [settings.get("teacher_precision") for settings in (cached, wanted)]
+    if wanted["teacher"] and precision[0] != precision[1]:
+        return f"its teacher ran in {precision[0]}, the recipe's runs in {precision[1]} (teacher.dtype, teacher.load_in)"
     if wanted["teacher"] is None:  # taken on trust, as far as the student can tell
         wanted = {**wanted, "vocabulary": min(wanted["vocabulary"], cached.get("teacher_vocabulary", 0))}
     if cached.get("vocabulary") != wanted["vocabulary"]:

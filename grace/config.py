@@ -17,7 +17,7 @@ from typing import Any, Literal
 import yaml
 
 from grace.errors import UserError
-from grace.recipe_check import build, number, parse_yaml, show, suggest
+from grace.recipe_check import build, matching, number, parse_yaml, show, suggest
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,12 @@ class Teacher:
     path: str | None = None
     base: str | None = None  # as the student's
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    # cpu, cuda:N, cuda:+N (the GPU N places after this process's own), or spread (layer by layer over the
+    # GPUs on which no process trains); default: beside the student
+    device: str | None = matching(
+        r"cpu|spread|cuda:(0|\+?[1-9][0-9]{0,3})", "cpu or cuda:N or cuda:+N or spread", None
+    )
+    load_in: Literal["8bit", "4bit"] | None = None  # the decoder linears, by bitsandbytes; the rest as dtype
     micro_batch_size: int | None = number("[1, inf)", default=None)
     cache: str | None = None  # made by `grace teacher-cache`; training then holds no teacher in memory
     cache_top_k: int = number("[1, inf)", default=64)  # likeliest tokens kept beside the target, and used
@@ -239,6 +245,10 @@ def _check_together(recipe: Recipe, source: str) -> None:
         raise UserError(
             f"{source}: distill needs a teacher, set teacher.path or teacher.cache, "
             "or distill.loss=none and distill.rcka_weight=0"
+        )
+    if recipe.teacher.path is None and (recipe.teacher.device or recipe.teacher.load_in):
+        raise UserError(
+            f"{source}: teacher.device and teacher.load_in need a teacher, set teacher.path, or both to null"
         )
     if not distill.beta_min <= distill.beta_init <= distill.beta_max:
         raise UserError(

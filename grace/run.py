@@ -13,15 +13,17 @@ from typing import Any, cast
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
+from accelerate.utils import get_int_from_env
 from torch import Tensor
 
 from grace import checkpoint
-from grace.config import Recipe, load_recipe, recipe_diff
+from grace.config import Recipe, Teacher, load_recipe, recipe_diff
 from grace.distill.cache_store import TeacherCache
 from grace.distill.controller import IBController
 from grace.errors import UserError
 from grace.files import locked, remove_leftovers
 from grace.models import qwen3vl
+from grace.models.placement import load_teacher, teacher_devices
 from grace.models.processor import load_processor
 from grace.quant.fake_quant import Kernels, TorchKernels, use_kernels
 from grace.step import Objective, StudentWithLoss, row_kernel
@@ -36,6 +38,7 @@ RESUME_MAY_CHANGE = (
     "run.wandb",
     "run.wandb_project",
     "data.num_workers",
+    "teacher.device",
 )
 
 
@@ -99,7 +102,7 @@ def set_up(
     elif recipe.distils:
         assert recipe.teacher.path is not None  # the recipe was validated
         require_same_tokenizer(tokenizer, recipe.teacher.path)
-        teacher = load_teacher(recipe, device)
+        teacher = placed_teacher(recipe.teacher, device, accelerator.num_processes)
         vocabulary = min(vocabulary, qwen3vl.head_weight(teacher).shape[0])
     kernels = chosen_kernels(recipe.run.kernels, device.type)
     use_kernels(device.type, quantizer_kernels(kernels))
@@ -129,11 +132,22 @@ def set_up(
     )
 
 
-def load_teacher(recipe: Recipe, device: torch.device) -> qwen3vl.Qwen3VLForConditionalGeneration:
-    """The frozen teacher that a recipe names."""
-    assert recipe.teacher.path is not None
-    dtype = getattr(torch, recipe.teacher.dtype)
-    return qwen3vl.load_model(recipe.teacher.path, dtype, device).requires_grad_(False)
+def placed_teacher(
+    teacher: Teacher, own: torch.device, processes: int
+) -> qwen3vl.Qwen3VLForConditionalGeneration:
+    """This process's teacher, where and in as many bits as the recipe says.
+
+    Args:
+        own: where this process's student is.
+        processes: of the whole run, for launchers that do not say how many are on this machine.
+
+    Raises:
+        UserError: it cannot be there, or not be loaded.
+    """
+    assert teacher.path is not None  # the recipe was validated
+    here = get_int_from_env(["LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE"], processes)
+    devices = teacher_devices(teacher.device, own, here, torch.cuda.device_count())
+    return load_teacher(teacher.path, getattr(torch, teacher.dtype), devices, own, teacher.load_in)
 
 
 def chosen_kernels(asked: str, device_type: str) -> str:

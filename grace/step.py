@@ -148,6 +148,20 @@ class StudentWithLoss(nn.Module):
 
 
 @torch.inference_mode()
+def teacher_outputs(
+    teacher: qwen3vl.Qwen3VLForConditionalGeneration, batch: Batch
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """Final hidden states at supervised positions, their targets, and the visual tokens' states of each image.
+
+    All on the batch's device, wherever the teacher's layers are.
+    """
+    states = qwen3vl.hidden_states(teacher, batch.to(qwen3vl.input_device(teacher)))
+    home = batch.labels_BL.device
+    hidden_TE, targets_T = supervised(states.final_BLD.to(home), batch.labels_BL)
+    return hidden_TE, targets_T, qwen3vl.visual_tokens(teacher, states.last_layer_input_BLD.to(home), batch)
+
+
+@torch.inference_mode()
 def run_teacher(
     teacher: qwen3vl.Qwen3VLForConditionalGeneration,
     batches: Sequence[Batch | None],
@@ -157,6 +171,7 @@ def run_teacher(
     """The teacher over every micro-batch of the step, keeping only what the student needs.
 
     Args:
+        teacher: wherever its layers are; its output layer is where the batches are, and so are the signals.
         batches: the student's micro-batches.
         teacher_batches: the same records in the same order, cut otherwise; None runs on the student's.
     """
@@ -164,9 +179,9 @@ def run_teacher(
     visual: list[Tensor] = []
     for batch in batches if teacher_batches is None else teacher_batches:
         if batch is not None:
-            states = qwen3vl.hidden_states(teacher, batch)
-            hidden.append(supervised(states.final_BLD, batch.labels_BL)[0])
-            visual += qwen3vl.visual_tokens(teacher, states.last_layer_input_BLD, batch)
+            hidden_TE, _, images = teacher_outputs(teacher, batch)
+            hidden.append(hidden_TE)
+            visual += images
     if teacher_batches is not None and hidden:
         counts = [int(supervised_tokens(batch)) for batch in batches if batch is not None]
         hidden = list(torch.cat(hidden).split(counts))

@@ -24,7 +24,6 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from rich.console import Console
 from rich.progress import track
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from grace.cache_settings import cache_settings, refuse_other_settings
@@ -44,13 +43,13 @@ from grace.distill.cache_store import (
     write_shard,
 )
 from grace.distill.cached import CachedRecord, pack_gram, teacher_top_k
-from grace.distill.teacher import IGNORE_INDEX, supervised
+from grace.distill.teacher import IGNORE_INDEX
 from grace.errors import Parser, UserError, run_command
 from grace.files import locked
 from grace.models import qwen3vl
 from grace.models.processor import load_processor
-from grace.run import load_teacher, make_accelerator, require_same_tokenizer
-from grace.step import NonFiniteLoss
+from grace.run import make_accelerator, placed_teacher, require_same_tokenizer
+from grace.step import NonFiniteLoss, teacher_outputs
 
 RECORDS_PER_SHARD = 512
 
@@ -110,7 +109,10 @@ def fill_cache(
         rounds = math.ceil(len(stretches) / accelerator.num_processes)
         mine = stretches[accelerator.process_index :: accelerator.num_processes]
         loader = load(recipe, mine, processor, cache)
-        teacher, index = load_teacher(recipe, accelerator.device), cache.index
+        teacher, index = (
+            placed_teacher(recipe.teacher, accelerator.device, accelerator.num_processes),
+            cache.index,
+        )
         first = 1 + max((int(Path(shard.file).stem[6:]) for shard in index.shards), default=-1)
         for turn in progress(range(rounds), "shards", accelerator.is_main_process):
             found = teach(teacher, next(loader, ()), index.settings, accelerator.device)
@@ -231,16 +233,12 @@ def teach(
     results = []
     for item in inputs:
         batch = item.batch.to(device)
-        states = qwen3vl.hidden_states(teacher, batch)
-        hidden_TE, targets_T = supervised(states.final_BLD, batch.labels_BL)
+        hidden_TE, targets_T, visual = teacher_outputs(teacher, batch)
         top_k = teacher_top_k(
             hidden_TE, qwen3vl.head_weight(teacher), targets_T, settings["top_k"],
             temperature=settings["temperature"], shared=settings["vocabulary"],
         ).to("cpu")  # fmt: skip
-        visual: Sequence[Tensor] = ()
-        if settings["grams"]:
-            visual = qwen3vl.visual_tokens(teacher, states.last_layer_input_BLD, batch)
-        grams = iter([pack_gram(image).cpu() for image in visual])
+        grams = iter([pack_gram(image).cpu() for image in visual] if settings["grams"] else [])
         tokens = (batch.labels_BL[:, 1:] != IGNORE_INDEX).sum(-1).tolist()
         for key, name, known, images in zip(
             item.keys, batch.record_ids, top_k.split(tokens), item.images, strict=True

@@ -1,6 +1,5 @@
-"""Shapes of the published models (their config.json on the Hub), so that a plan can be printed with nothing downloaded.
-
-Only what differs between sizes is listed.
+"""Shapes of the published models (their config.json on the Hub), so that a plan can be printed with
+nothing downloaded. Only what differs between sizes is listed; `qwen3vl.config_for` adds the rest.
 """
 
 from typing import Any

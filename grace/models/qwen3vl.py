@@ -22,6 +22,7 @@ from grace.models.published import PUBLISHED_SHAPES
 from grace.quant.fake_quant import QuantLinear
 
 DECODER_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+VISION, HEAD = "model.visual", "lm_head"
 IMAGE_TOKEN_TYPE = 1  # value of mm_token_type_ids at image tokens
 
 
@@ -106,9 +107,12 @@ def skeleton(config: Qwen3VLConfig) -> Qwen3VLForConditionalGeneration:
 
 
 def load_model(
-    path: str, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+    path: str, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", **options: Any
 ) -> Qwen3VLForConditionalGeneration:
     """Loads a plain or QAT checkpoint as an ordinary model, in evaluation mode.
+
+    Args:
+        options: for the library's `from_pretrained`; with a `device_map` among them `device` is not used.
 
     Raises:
         UserError: no model there, or one that cannot be read.
@@ -116,14 +120,41 @@ def load_model(
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
     try:
-        model = Qwen3VLForConditionalGeneration.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
+        model = Qwen3VLForConditionalGeneration.from_pretrained(
+            path, dtype=dtype, attn_implementation="sdpa", **options
+        )
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
             f"cannot load a Qwen3-VL model from {path} ({reason}): check student.path / teacher.path"
         ) from error
-    nn.Module.to(model, device)  # in place; the class's own `to` hides its types
+    if "device_map" not in options:
+        nn.Module.to(model, device)  # in place; the class's own `to` hides its types
     return model.eval()
+
+
+def blocks(model: Qwen3VLForConditionalGeneration) -> list[str]:
+    """Names of the parts that make up the model, in the order of a forward pass; none can be cut further."""
+    decoder = "model.language_model"
+    layers = [f"{decoder}.layers.{index}" for index in range(len(model.model.language_model.layers))]
+    return [
+        VISION,
+        f"{decoder}.embed_tokens",
+        f"{decoder}.rotary_emb",
+        *layers,
+        f"{decoder}.norm",
+        HEAD,
+    ]
+
+
+def input_device(model: Qwen3VLForConditionalGeneration) -> torch.device:
+    """Where a batch must be for `hidden_states`: models may be spread over several devices."""
+    return model.model.language_model.embed_tokens.weight.device
+
+
+def put_head_on(model: Qwen3VLForConditionalGeneration, device: torch.device) -> None:
+    """Moves the output layer alone to `device`; a tied one is copied there, and no longer tied."""
+    _put_head(model, nn.Linear, nn.Parameter(head_weight(model).detach().to(device), requires_grad=False))
 
 
 def decoder_linears(model: nn.Module) -> dict[str, nn.Linear]:
@@ -172,7 +203,7 @@ def is_merger(name: str) -> bool:
 
 def is_vision(name: str) -> bool:
     """Whether a full parameter name belongs to the vision tower (mergers included)."""
-    return name.startswith("model.visual.")
+    return name.startswith(f"{VISION}.")
 
 
 class LossHead(nn.Linear):
@@ -193,10 +224,13 @@ class LossHead(nn.Linear):
 
 def put_loss_head(model: Qwen3VLForConditionalGeneration) -> None:
     """Makes the output layer a `LossHead` on the same weight, which stays tied where it is."""
-    weight = model.lm_head.weight
+    _put_head(model, LossHead, head_weight(model))
+
+
+def _put_head(model: Qwen3VLForConditionalGeneration, kind: type[nn.Linear], weight_VD: Any) -> None:
     with torch.device("meta"):
-        head = LossHead(weight.shape[1], weight.shape[0], bias=False)
-    head.weight = weight
+        head = kind(weight_VD.shape[1], weight_VD.shape[0], bias=False)
+    head.weight = weight_VD
     model.lm_head = head
 
 
