@@ -122,6 +122,10 @@ def _add_teacher_cache(commands: "argparse._SubParsersAction[Parser]") -> None:
     parser.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="the cache: new, or to go on with"
     )
+    parser.add_argument(
+        "--records-per-shard", type=integer(1), default=512, metavar="N",
+        help="what a kill costs at most; default: %(default)s",
+    )  # fmt: skip
     _add_json(parser)
 
 
@@ -246,8 +250,8 @@ def _train(args: argparse.Namespace) -> int:
 def _teacher_cache(args: argparse.Namespace) -> int:
     from grace.teacher_cache import main as teacher_cache
 
-    json = ["--json"] if args.json else []
-    return teacher_cache([args.recipe, *args.overrides, "--out", str(args.out), *json])
+    options = ["--out", str(args.out), "--records-per-shard", str(args.records_per_shard)]
+    return teacher_cache([args.recipe, *args.overrides, *options, *(["--json"] if args.json else [])])
 
 
 def _export(args: argparse.Namespace) -> int:

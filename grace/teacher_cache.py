@@ -66,13 +66,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="the cache: new, or to go on with"
     )
+    parser.add_argument("--records-per-shard", type=int, default=RECORDS_PER_SHARD, metavar="N")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     args = parser.parse_args(argv)
 
     def command() -> int:
         recipe = load_recipe(args.recipe, args.overrides)
         accelerator = make_accelerator(recipe)
-        summary = fill_cache(recipe, args.out, accelerator)
+        summary = fill_cache(recipe, args.out, accelerator, args.records_per_shard)
         if accelerator.is_main_process:
             print("{cache}: {records} records, {tokens} tokens, {images} images, {bytes:,} bytes; {added} records "
                   "added in {seconds:.0f} s".format(**summary), file=sys.stderr)  # fmt: skip
