@@ -57,6 +57,7 @@ class Data:
     min_pixels: int | None = number("[1, inf)", default=None)
     max_pixels: int | None = number("[1, inf)", default=None)
     max_length: int = number("[1, inf)", default=4096)
+    packing: bool = True  # a micro-batch's records side by side in one row, without padding
     num_workers: int = number("[0, inf)", default=0)
     # What --dry-run reckons with while `path` is absent:
     expected_records: int | None = number("[1, inf)", default=None)
@@ -120,6 +121,7 @@ class Run:
     log_every: int = number("[1, inf)", default=10)
     # Records per forward pass, at most: a rank whose share of a step is smaller takes it in one piece.
     micro_batch_size: int = number("[1, inf)", default=1)
+    micro_batch_tokens: int | None = number("[1, inf)", default=None)  # if set, tokens are counted instead
     keep_last: int = number("[1, inf)", default=2)
     gradient_checkpointing: bool = False
     precision: Literal["fp32", "bf16"] = "bf16"

@@ -233,7 +233,9 @@ def _schedule(recipe: Recipe, data: Mapping[str, Any], world_size: int) -> dict[
     optim, records = recipe.optim, data["records"]
     steps = total_steps(recipe, records) if records else recipe.run.max_steps
     share = math.ceil(optim.batch_size / world_size)
-    micro_batch_size = min(recipe.run.micro_batch_size, share)
+    budget = recipe.run.micro_batch_tokens
+    asked = max(1, budget // (data["tokens_per_record"] or recipe.data.max_length)) if budget else None
+    micro_batch_size = min(asked or recipe.run.micro_batch_size, share)
     seen = steps * optim.batch_size if steps else None
 
     def tokens(per_record: int | None) -> int | None:
@@ -246,6 +248,7 @@ def _schedule(recipe: Recipe, data: Mapping[str, Any], world_size: int) -> dict[
         "processes": world_size,
         "records_per_process": share,
         "micro_batch_size": micro_batch_size,
+        "micro_batch_tokens": budget,
         "accumulation": math.ceil(share / micro_batch_size),
         "tokens": tokens(data["tokens_per_record"]),
         "supervised_tokens": tokens(data["supervised_per_record"]),
@@ -278,7 +281,7 @@ def _notes(recipe: Recipe, schedule: Mapping[str, Any]) -> list[str]:
     """What a reader of the plan should not overlook."""
     steps, options = schedule["steps"], recipe.distill
     notes = []
-    if schedule["micro_batch_size"] < recipe.run.micro_batch_size:
+    if recipe.run.micro_batch_tokens is None and schedule["micro_batch_size"] < recipe.run.micro_batch_size:
         notes.append(
             f"run.micro_batch_size={recipe.run.micro_batch_size} is more than "
             f"a process's {schedule['records_per_process']} records of a step"

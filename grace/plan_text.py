@@ -89,7 +89,12 @@ def _schedule_lines(schedule: Mapping[str, Any], data: Mapping[str, Any]) -> lis
             "records per step",
             schedule["records_per_step"],
             f"{schedule['processes']} process{'es' * (schedule['processes'] > 1)}, "
-            f"{schedule['accumulation']} micro-batches of up to {schedule['micro_batch_size']} in each",
+            f"{schedule['accumulation']} micro-batches of "
+            + (
+                f"up to {schedule['micro_batch_size']} in each"
+                if schedule["micro_batch_tokens"] is None
+                else f"up to {schedule['micro_batch_tokens']:,} tokens in each"
+            ),
         ),
         _row(
             "tokens",

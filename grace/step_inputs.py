@@ -1,7 +1,6 @@
 """One rank's part of an optimizer step: its records as micro-batches, and the teacher's side where that is cached."""
 
 import itertools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +10,7 @@ from torch.utils.data import Dataset
 
 from grace.cache_settings import cached_record
 from grace.data.batch import Batch, collate
+from grace.data.packing import collate_packed, pack
 from grace.data.records import Record, text_length
 from grace.data.sampler import split_step, step_indices
 from grace.data.template import Sample, encode
@@ -69,25 +69,43 @@ class StepBatches(Dataset):
         # Alike lengths together: less padding, and the sums of the step do not depend on the cut.
         mine = sorted((self.records[i] for share in shares for i in share), key=text_length)
         samples = [encode(record, self.processor, recipe.data.max_length) for record in mine]
-        sizes = [len(share) for share in shares]
-        student = self.batches(samples, sizes)
+        groups = consecutive([len(share) for share in shares])
+        if recipe.run.micro_batch_tokens is not None:
+            lengths = [len(sample.input_ids_L) for sample in samples]
+            groups = pack(lengths, recipe.run.micro_batch_tokens) or [[]]
+            order = [i for group in groups for i in group]
+            mine, samples = [mine[i] for i in order], [samples[i] for i in order]
+            groups = consecutive([len(group) for group in groups])
+        student = self.batches(samples, groups)
         if self.cache is not None:
-            return StepInputs(student, cached=self.cached(self.cache, mine, sizes))
+            return StepInputs(student, cached=self.cached(self.cache, mine, groups))
         size = recipe.teacher.micro_batch_size
         if size is None or not self.has_teacher:
             return StepInputs(student)
-        return StepInputs(student, self.batches(samples, [size] * math.ceil(len(samples) / size)))
+        starts = range(0, len(samples), size)
+        return StepInputs(
+            student, self.batches(samples, [range(i, min(i + size, len(samples))) for i in starts])
+        )
 
     def cached(
-        self, cache: TeacherCache, records: Sequence[Record], sizes: Sequence[int]
+        self, cache: TeacherCache, records: Sequence[Record], groups: Sequence[Sequence[int]]
     ) -> list[CachedSignals | None]:
         """The teacher's side of each micro-batch."""
-        rest = iter([cached_record(cache, record) for record in records])
-        parts = [list(itertools.islice(rest, size)) for size in sizes]
-        return [collate_cached(part) if part else None for part in parts]
+        known = [cached_record(cache, record) for record in records]
+        return [collate_cached([known[i] for i in group]) if group else None for group in groups]
 
-    def batches(self, samples: Sequence[Sample], sizes: Sequence[int]) -> list[Batch | None]:
-        """Samples in their order, collated by these sizes; none make None."""
-        rest, pad = iter(samples), self.processor.tokenizer.pad_token_id
-        parts = [list(itertools.islice(rest, size)) for size in sizes]
-        return [collate(part, pad) if part else None for part in parts]
+    def batches(self, samples: Sequence[Sample], groups: Sequence[Sequence[int]]) -> list[Batch | None]:
+        """Samples by groups of their indices, each packed or padded; none make None."""
+        return [self.batch([samples[i] for i in group]) if group else None for group in groups]
+
+    def batch(self, samples: Sequence[Sample]) -> Batch:
+        """Packed into one row, or padded to the longest."""
+        if self.recipe.data.packing:
+            return collate_packed(samples, self.processor.image_processor.merge_size)
+        return collate(samples, self.processor.tokenizer.pad_token_id)
+
+
+def consecutive(sizes: Sequence[int]) -> list[range]:
+    """Indices of groups of these sizes, one after the other."""
+    ends = list(itertools.accumulate(sizes))
+    return [range(end - size, end) for size, end in zip(sizes, ends, strict=True)]

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from grace.config import load_recipe
 from grace.data.batch import Batch, collate
+from grace.data.packing import collate_packed
 from grace.data.records import IMAGE_MARK, Record, Turn, load_records
 from grace.data.sampler import split_step
 from grace.data.template import encode
@@ -150,6 +151,19 @@ def whole(single, tiny_world_dir: Path) -> dict[str, dict[str, Tensor]]:
 def test_micro_batch_size_does_not_matter(single, whole, tiny_world_dir, name: str, micro: int) -> None:
     run, processor = single
     batches = batches_of(records_of(STEPS[name][0], tiny_world_dir), processor, micro, 0, 1)
+    assert_same(whole[name], step(run, batches))
+
+
+@pytest.mark.parametrize("micro", [1, 3, 8])
+@pytest.mark.parametrize("name", STEPS)
+def test_packed_or_padded_does_not_matter(single, whole, tiny_world_dir, name: str, micro: int) -> None:
+    run, processor = single
+    records = records_of(STEPS[name][0], tiny_world_dir)
+    merge_size = processor.image_processor.merge_size
+    batches = [
+        collate_packed([encode(records[i], processor, 1024) for i in share], merge_size) if share else None
+        for share in split_step(range(len(records)), 0, 1, micro)
+    ]
     assert_same(whole[name], step(run, batches))
 
 

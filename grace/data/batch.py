@@ -1,4 +1,4 @@
-"""Samples put side by side, padded to the longest.
+"""What one forward pass needs, and samples padded to the longest of them (`grace.data.packing` needs no padding).
 
 Shape suffixes: B batch, L sequence, P image patches, D numbers per patch, N images.
 """
@@ -18,18 +18,22 @@ class Batch:
 
     Attributes:
         input_ids_BL, labels_BL, mm_token_type_ids_BL: int64; padding is pad_token_id, -100, 0.
-        attention_mask_BL: int64, 0 at padding.
+        attention_mask_BL: int64, 0 at padding; None where rows are packed.
         pixel_values_PD: float32 or None; image_grid_thw_N3: int64 or None.
-        record_ids: one per row.
+        record_ids: in the order of their tokens.
+        position_ids_3BL: int64, time, height and width of each token of packed rows; None leaves them to the model.
+        lengths: of the samples of a packed row, in order.
     """
 
     input_ids_BL: Tensor
-    attention_mask_BL: Tensor
+    attention_mask_BL: Tensor | None
     mm_token_type_ids_BL: Tensor
     labels_BL: Tensor
     pixel_values_PD: Tensor | None
     image_grid_thw_N3: Tensor | None
     record_ids: list[str]
+    position_ids_3BL: Tensor | None = None
+    lengths: list[int] | None = None
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch with every tensor on `device`."""

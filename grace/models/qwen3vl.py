@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import transformers
@@ -18,27 +18,14 @@ from torch import Tensor, nn
 from transformers import AutoConfig, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from grace.errors import UserError
+from grace.models.attention import PACKED
+from grace.models.inputs import ModelInputs
 from grace.models.published import PUBLISHED_SHAPES
 from grace.quant.fake_quant import QuantLinear
 
 DECODER_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 VISION, HEAD = "model.visual", "lm_head"
 IMAGE_TOKEN_TYPE = 1  # value of mm_token_type_ids at image tokens
-
-
-class ModelInputs(Protocol):
-    """What a forward pass needs; `grace.data.batch.Batch` has it."""
-
-    @property
-    def input_ids_BL(self) -> Tensor: ...
-    @property
-    def attention_mask_BL(self) -> Tensor: ...
-    @property
-    def mm_token_type_ids_BL(self) -> Tensor: ...
-    @property
-    def pixel_values_PD(self) -> Tensor | None: ...
-    @property
-    def image_grid_thw_N3(self) -> Tensor | None: ...
 
 
 @dataclass(frozen=True)
@@ -121,7 +108,7 @@ def load_model(
         transformers.utils.logging.disable_progress_bar()
     try:
         model = Qwen3VLForConditionalGeneration.from_pretrained(
-            path, dtype=dtype, attn_implementation="sdpa", **options
+            path, dtype=dtype, attn_implementation={"": "sdpa", "text_config": PACKED}, **options
         )
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -262,7 +249,15 @@ def hidden_states(model: Qwen3VLForConditionalGeneration, batch: ModelInputs) ->
 
     The last layer's *input* is taken with one hook for teacher and student: the library's own
     `hidden_states[-2]` misses the deepstack addition in shallow models.
+
+    Raises:
+        ValueError: a packed batch, and a model whose attention would mix its samples.
     """
+    implementation = model.model.language_model.config._attn_implementation
+    if batch.lengths is not None and implementation != PACKED:
+        raise ValueError(
+            f"packed rows need the attention {PACKED}, this model has {implementation}: use load_model"
+        )
     captured: list[Tensor] = []
 
     def keep_input(_module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
@@ -274,10 +269,12 @@ def hidden_states(model: Qwen3VLForConditionalGeneration, batch: ModelInputs) ->
         outputs = model.model(
             input_ids=batch.input_ids_BL,
             attention_mask=batch.attention_mask_BL,
+            position_ids=batch.position_ids_3BL,
             mm_token_type_ids=batch.mm_token_type_ids_BL,
             pixel_values=batch.pixel_values_PD,
             image_grid_thw=batch.image_grid_thw_N3,
             use_cache=False,
+            lengths=batch.lengths,
         )
     finally:
         handle.remove()

@@ -1,6 +1,7 @@
 """Where GRACE finds things inside Qwen3-VL, checked against forwards made by other means."""
 
 import copy
+import dataclasses
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from transformers import Qwen3VLForConditionalGeneration
 
 from grace.data.batch import Batch, collate
+from grace.data.packing import collate_packed
 from grace.data.records import Record, Turn
 from grace.data.template import encode
 from grace.errors import UserError
@@ -44,11 +46,46 @@ def make_batch(tiny_student_dir: Path, tmp_path: Path) -> Callable[..., Batch]:
         turns = (Turn("user", question), Turn("assistant", "red " * (index + 1)))
         return Record(f"r{index}", tuple(paths), turns)
 
-    def make(*pictures: int) -> Batch:
+    def make(*pictures: int, packed: bool = False) -> Batch:
         samples = [encode(record(index, n), processor, 1024) for index, n in enumerate(pictures)]
+        if packed:
+            return collate_packed(samples, processor.image_processor.merge_size)
         return collate(samples, processor.tokenizer.pad_token_id)
 
     return make
+
+
+@pytest.mark.parametrize("pictures", [(1,), (0, 0), (2, 0, 1, 3)])
+@torch.no_grad()
+def test_packed_rows_are_the_padded_ones(
+    tiny_student_dir: Path, make_batch, pictures: tuple[int, ...]
+) -> None:
+    """Positions are the library's own, and no sample sees another."""
+    model = qwen3vl.load_model(str(tiny_student_dir))
+    padded, packed = make_batch(*pictures), make_batch(*pictures, packed=True)
+    kept = padded.attention_mask_BL.bool()
+    positions, _ = model.model.get_rope_index(
+        padded.input_ids_BL, padded.mm_token_type_ids_BL, padded.image_grid_thw_N3, attention_mask=padded.attention_mask_BL
+    )  # fmt: skip
+    assert torch.equal(packed.position_ids_3BL[:, 0], positions[:, kept])
+    one, two = qwen3vl.hidden_states(model, padded), qwen3vl.hidden_states(model, packed)
+    for name in ("final_BLD", "last_layer_input_BLD"):
+        torch.testing.assert_close(getattr(two, name)[0], getattr(one, name)[kept], rtol=1e-5, atol=1e-5)
+    visual = [
+        qwen3vl.visual_tokens(model, s.last_layer_input_BLD, b) for s, b in ((one, padded), (two, packed))
+    ]
+    for padded_image, packed_image in zip(*visual, strict=True):
+        torch.testing.assert_close(packed_image, padded_image, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_packed_rows_are_not_mixed_in_silence(tiny_student_dir: Path, make_batch) -> None:
+    plain = Qwen3VLForConditionalGeneration.from_pretrained(tiny_student_dir)
+    with pytest.raises(ValueError, match="packed rows need the attention packed_sdpa, this model has sdpa"):
+        qwen3vl.hidden_states(plain, make_batch(1, 0, packed=True))
+    batch = dataclasses.replace(make_batch(1, 0, packed=True), lengths=[3, 4])
+    with pytest.raises(ValueError, match="do not fill a row"):
+        qwen3vl.hidden_states(qwen3vl.load_model(str(tiny_student_dir)), batch)
 
 
 def manual_forward(model: Qwen3VLForConditionalGeneration, batch: Batch, **options: bool):
