@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from grace.config import Recipe, load_recipe
 from grace.data.batch import Batch, collate
-from grace.data.records import Record, load_records
+from grace.data.records import Record
 from grace.data.sampler import split_step, step_indices
 from grace.data.template import Sample, encode
 from grace.errors import Parser, UserError, run_command
@@ -29,6 +29,7 @@ from grace.evaluation.exact_match import evaluate
 from grace.evaluation.samples import sample_table
 from grace.models.processor import load_processor
 from grace.run import Run, claimed, make_accelerator, set_up, total_steps
+from grace.run_data import load_run_data, require_same_on_all_ranks
 from grace.run_save import resume, save_final_model, save_resume_state
 from grace.step import NonFiniteLoss, Weights, forward_backward, reduce_sum
 from grace.tracking import Tracker
@@ -77,13 +78,11 @@ def train(recipe: Recipe) -> Path:
             return run_dir / "model"
         torch.manual_seed(recipe.run.seed)
         processor = load_processor(recipe.student.path, recipe.data.min_pixels, recipe.data.max_pixels)
-        records = load_records(recipe.data.path, recipe.data.image_root)
-        validation = (
-            load_records(recipe.data.validation_path, recipe.data.image_root)
-            if recipe.data.validation_path
-            else []
-        )
-        validation = validation[: recipe.run.eval_records]
+        data = load_run_data(recipe, processor)
+        require_same_on_all_ranks(data, accelerator)
+        for note in data.notes():
+            accelerator.print(note, file=sys.stderr)
+        records, validation = data.records, data.validation[: recipe.run.eval_records]
         run = set_up(recipe, accelerator, processor.tokenizer, total_steps(recipe, len(records)))
         tracker = Tracker(run_dir, run.total_steps, recipe.run.log_every, accelerator.is_main_process)
         resume(run, tracker, run_dir)

@@ -7,13 +7,17 @@ and every `<image>` in a human turn stands for the next picture of the record.
 """
 
 import json
+import os
 import struct
+from collections import Counter
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from PIL import Image
 
+from grace.data.faults import CLASSES, Fault, Policies
 from grace.errors import UserError
 
 IMAGE_MARK = "<image>"
@@ -38,18 +42,68 @@ class Record:
     turns: tuple[Turn, ...]
 
 
-def load_records(path: str | Path, image_root: str | Path | None = None) -> list[Record]:
+@dataclass(frozen=True)
+class Parsed:
+    """An entry of a file, as far as it can be understood.
+
+    Attributes:
+        id: of the record, or None.
+        record: None where a fault leaves training nothing to use.
+        image_names: as written in the file.
+        faults: all that the entry and the ids before it show.
+    """
+
+    id: str | None
+    record: Record | None
+    image_names: tuple[str, ...]
+    faults: tuple[Fault, ...]
+
+
+def load_records(
+    path: str | Path,
+    image_root: str | Path | None = None,
+    policies: Policies | None = None,
+    left_out: Collection[int] = (),
+    skipped: Counter[str] | None = None,
+) -> list[Record]:
     """Reads and checks a ShareGPT4V file; pictures are not opened.
 
     Args:
         path: the JSON file.
         image_root: folder that relative image paths start from; None is the file's own folder.
+        policies: which faults cost a record; by default none does.
+        left_out: indices of entries not to use, whatever is wrong with them.
+        skipped: counts up, by class of fault, the records that `policies` leave out beyond those.
 
     Raises:
-        UserError: the file or a record is malformed; the message names both.
+        UserError: the file or a record that is not left out is malformed, naming both, or none remains.
     """
     path = Path(path)
     root = path.parent if image_root is None else Path(image_root)
+    policies = policies or Policies()
+    records = []
+    for index, parsed in enumerate(parse_entries(read_entries(path), root)):
+        if index in left_out:
+            continue
+        if (kind := policies.skips(parsed.faults)) is not None:
+            if skipped is not None:
+                skipped[kind] += 1
+            continue
+        if parsed.record is None:
+            fault = next(fault for fault in parsed.faults if not CLASSES[fault.kind].usable)
+            raise UserError(f"{path}: {name_of(parsed.id, index)}{fault.detail}")
+        records.append(parsed.record)
+    if not records:
+        raise UserError(f"{path}: data.skip leaves no record to train on")
+    return records
+
+
+def read_entries(path: Path) -> list[Any]:
+    """The entries of a ShareGPT4V file, unchecked.
+
+    Raises:
+        UserError: not a readable, non-empty JSON list.
+    """
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -64,17 +118,65 @@ def load_records(path: str | Path, image_root: str | Path | None = None) -> list
         raise UserError(f"{path} holds a JSON {type(entries).__name__}: a list of records is needed")
     if not entries:
         raise UserError(f"{path} holds no records: a non-empty list is needed")
-    return [_record(entry, index, root, path) for index, entry in enumerate(entries)]
+    return entries
+
+
+def parse_entries(entries: list[Any], root: Path) -> Iterator[Parsed]:
+    """Every entry, in order, with all the faults that it and the ids before it show."""
+    for entry, repeats in zip(entries, repeated_ids(entries), strict=True):
+        yield parse_entry(entry, root, repeats)
+
+
+def repeated_ids(entries: list[Any]) -> Iterator[bool]:
+    """For every entry, whether one before it has the same id."""
+    seen: set[str] = set()
+    for entry in entries:
+        name = _id(entry) if isinstance(entry, dict) else None
+        yield name is not None and name in seen
+        if name is not None:
+            seen.add(name)
+
+
+def parse_entry(entry: Any, root: Path, repeats: bool = False) -> Parsed:
+    """One entry with its faults; `repeats` says that an earlier entry has its id."""
+    if not isinstance(entry, dict):
+        fault = Fault("not_an_object", f" is a JSON {type(entry).__name__}: an object is needed")
+        return Parsed(None, None, (), (fault,))
+    faults: list[Fault] = []
+    record_id = _id(entry)
+    if record_id is None:
+        faults.append(Fault("no_id", ' has no "id": give every record a text or a number'))
+    elif repeats:
+        faults.append(Fault("duplicate_id", " has the id of an earlier record: give each its own"))
+    turns = _turns(entry.get("conversations"), "conversations" in entry, faults)
+    names = _image_names(entry.get("image"), faults)
+    if entry.get("video") is not None:
+        faults.append(Fault("video", ' has a "video": training reads pictures only, drop the record'))
+    elif names is not None and turns is not None and (fault := check_marks(turns, len(names))):
+        faults.append(Fault("image_count", f" has {fault}: write one {IMAGE_MARK} for each image"))
+    record = None
+    if all(CLASSES[fault.kind].usable for fault in faults):
+        assert record_id is not None and turns is not None and names is not None  # else there is a fault
+        record = Record(record_id, tuple(root / name for name in names), turns)
+    return Parsed(record_id, record, names or (), tuple(faults))
+
+
+def name_of(record_id: str | None, index: int) -> str:
+    """What to call a record in a message."""
+    return f"record number {index}" if record_id is None else f"record {record_id}"
 
 
 def open_image(path: Path, record_id: str) -> Image.Image:
     """Opens and fully decodes a picture as RGB.
 
     Raises:
-        UserError: missing, unreadable or truncated; the message names the file and the record.
+        UserError: missing, unreadable, truncated or too large; the message names the file and the record.
     """
+    limit = Image.MAX_IMAGE_PIXELS
     try:
         with Image.open(path) as image:
+            if limit is not None and image.width * image.height > limit:  # Pillow itself stops at twice that
+                raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels, limit {limit}")
             return image.convert("RGB")
     except FileNotFoundError as error:
         raise UserError(
@@ -94,59 +196,102 @@ def check_marks(turns: tuple[Turn, ...], images: int) -> str | None:
     return f"{marks} {IMAGE_MARK} mark{'s' * (marks != 1)} in its human turns but {images} image{'s' * (images != 1)}"
 
 
-def _record(entry: Any, index: int, root: Path, path: Path) -> Record:
-    """One checked record of `path`, the `index`-th from 0."""
-    where = f"{path}: record number {index}"
-    if not isinstance(entry, dict):
-        raise UserError(f"{where} is a JSON {type(entry).__name__}: an object is needed")
-    record_id = entry.get("id")
-    if isinstance(record_id, bool) or not isinstance(record_id, str | int) or record_id == "":
-        raise UserError(f'{where} has no "id": give every record a text or a number')
-    where = f"{path}: record {record_id}"
-    if "conversations" not in entry:
-        raise UserError(f'{where} has no "conversations": a list of turns is needed')
-    turns = _turns(entry["conversations"], where)
-    images = tuple(root / name for name in _image_names(entry.get("image"), where))
-    if fault := check_marks(turns, len(images)):
-        raise UserError(f"{where} has {fault}: write one {IMAGE_MARK} for each image")
-    return Record(str(record_id), images, turns)
+# ---------------------------------------------------------------- parts of an entry
 
 
-def _image_names(value: Any, where: str) -> list[str]:
+def _id(entry: dict[str, Any]) -> str | None:
+    value = entry.get("id")
+    if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
+        return None
+    return str(value)
+
+
+def _image_names(value: Any, faults: list[Fault]) -> tuple[str, ...] | None:
     names = [] if value is None else [value] if isinstance(value, str) else value
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
-        raise UserError(f'{where} has an "image" that is neither a path nor a list of paths')
-    return names
+        faults.append(
+            Fault("malformed_image", ' has an "image" that is neither a path nor a list of paths')
+        )
+        return None
+    faults += [fault for name in names if (fault := _path_fault(name))]
+    return tuple(names)
 
 
-def _turns(conversation: Any, where: str) -> tuple[Turn, ...]:
+def _path_fault(name: str) -> Fault | None:
+    if "\0" in name or not _is_unicode(name):
+        return Fault("bad_path", f" has the image path {name!r}, which no file can have")
+    if os.path.isabs(name):
+        return Fault("absolute_path", f" has the absolute image path {name}: write it from data.image_root")
+    if ".." in name and os.path.normpath(name).split("/")[0] == "..":
+        return Fault("outside_root", f" has the image path {name}, which leads out of data.image_root")
+    return None
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether the text can be written as UTF-8: JSON can spell half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _turns(conversation: Any, present: bool, faults: list[Fault]) -> tuple[Turn, ...] | None:
     """Checked turns: an optional system turn, then human and gpt in alternation, gpt last."""
     if not isinstance(conversation, list) or not conversation:
-        raise UserError(
-            f'{where} has an empty or malformed "conversations": a non-empty list of turns is needed'
+        what = (
+            ' has an empty or malformed "conversations": a non-empty list of turns is needed'
+            if present
+            else ' has no "conversations": a list of turns is needed'
         )
-    turns = tuple(_turn(entry, f"{where}, turn {index}") for index, entry in enumerate(conversation))
-    spoken = turns[1:] if turns[0].role == "system" else turns
-    for index, turn in enumerate(spoken):
+        faults.append(Fault("empty_conversation", what))
+        return None
+    turns = [_turn(entry, f", turn {index}", faults) for index, entry in enumerate(conversation)]
+    roles = [turn.role for turn in turns if turn is not None]
+    if len(roles) == len(turns):
+        faults += _order_faults(roles)
+    known = tuple(turn for turn in turns if turn is not None)
+    return known if len(known) == len(turns) else None
+
+
+def _order_faults(roles: list[Role]) -> Iterator[Fault]:
+    spoken = roles[1:] if roles[0] == "system" else roles
+    for index, role in enumerate(spoken):
         expected = "assistant" if index % 2 else "user"
-        if turn.role != expected:
-            raise UserError(
-                f"{where} has a {turn.role} turn where a {expected} turn must stand: "
-                "after an optional system turn, human and gpt alternate"
+        if role != expected:
+            yield Fault(
+                "role_order",
+                f" has a {role} turn where a {expected} turn must stand: "
+                "after an optional system turn, human and gpt alternate",
             )
-    if not spoken or spoken[-1].role != "assistant":
-        raise UserError(
-            f"{where} does not end with a gpt turn: there is nothing to learn from its last question"
+            break
+    if not spoken or spoken[-1] != "assistant":
+        yield Fault(
+            "unanswered",
+            " does not end with a gpt turn: there is nothing to learn from its last question",
         )
-    return turns
+    if len(set(spoken)) == 1 and spoken[0] != "system":
+        side = "human" if spoken[0] == "user" else "gpt"
+        yield Fault("one_sided", f" has {side} turns only: a question and its answer are needed")
 
 
-def _turn(entry: Any, where: str) -> Turn:
+def _turn(entry: Any, where: str, faults: list[Fault]) -> Turn | None:
     if not isinstance(entry, dict) or "from" not in entry or "value" not in entry:
-        raise UserError(f'{where} is not an object with "from" and "value"')
+        faults.append(Fault("malformed_turn", f'{where} is not an object with "from" and "value"'))
+        return None
     role = _ROLES.get(entry["from"]) if isinstance(entry["from"], str) else None
     if role is None:
-        raise UserError(f"{where} is from {entry['from']!r}: only {', '.join(_ROLES)} are known")
-    if not isinstance(entry["value"], str) or not entry["value"].strip():
-        raise UserError(f"{where} has no text: drop the turn or the record")
-    return Turn(role, entry["value"])
+        known = ", ".join(_ROLES)
+        faults.append(
+            Fault("unknown_role", f"{where} is from {entry['from']!r}: only {known} are known")
+        )
+    text = entry["value"]
+    if not isinstance(text, str):
+        what = "nothing" if text is None else f"a JSON {type(text).__name__}"
+        faults.append(Fault("non_text_value", f"{where} has no text but {what}: drop the turn or the record"))
+        return None
+    if not text.strip():
+        faults.append(Fault("empty_text", f"{where} has no text: drop the turn or the record"))
+    elif not _is_unicode(text):
+        faults.append(Fault("bad_text", f"{where} has text that is not Unicode: mend it or drop the record"))
+    return Turn(role, text) if role else None
