@@ -72,4 +72,6 @@ def require_same_on_all_ranks(data: RunData, accelerator: Accelerator) -> None:
         return
     names = "\n".join(record.id for record in (*data.records, *data.validation))
     if len(set(gather_object([hashlib.sha256(names.encode()).hexdigest()]))) > 1:
-        raise UserError("the processes read different records: give all of them the same data and audit files")
+        raise UserError(
+            "the processes read different records: give all of them the same data and audit files"
+        )

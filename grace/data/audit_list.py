@@ -9,6 +9,7 @@ the fingerprints are those of something else.
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,13 +29,29 @@ def list_path(data_path: str | Path, given: str | Path | None = None) -> Path:
     if given is None:
         return Path(data_path).with_name(name)
     given_path = Path(given)
-    is_folder = given_path.is_dir() or str(given).endswith("/")
+    is_folder = os.path.isdir(given_path) or str(given).endswith("/")
     return given_path / name if is_folder else given_path
 
 
 def summary_path(list_file: Path) -> Path:
     """The summary that belongs to a list."""
     return list_file.with_name(f"{list_file.name.removesuffix('.jsonl')}.summary.json")
+
+
+def require_writable(list_file: Path, data_files: Sequence[str]) -> None:
+    """Checks, before the work is done, that its result can be written and would overwrite an audit at most.
+
+    Raises:
+        UserError: the place holds something else, or cannot be written to.
+    """
+    ours = (list_file, summary_path(list_file))
+    if any(os.path.realpath(one) == os.path.realpath(path) for one in ours for path in data_files):
+        raise UserError(f"{list_file} would overwrite the annotations: choose another --out")
+    if os.path.lexists(list_file) and not (list_file.is_file() and summary_path(list_file).is_file()):
+        raise UserError(f"{list_file} is there and is no audit's: choose another --out or remove it")
+    folder = next(path for path in list_file.absolute().parents if os.path.lexists(path))
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise UserError(f"cannot write to {folder}: give --out, and set data.audit to the same")
 
 
 def file_print(path: str | Path, image_root: str | Path | None) -> dict[str, str]:
@@ -91,8 +108,9 @@ def write_list(
         **report,
     }
     try:
-        write_text(path, text)
+        # In this order a kill in between leaves a summary whose checksum no list has.
         write_text(summary_path(path), json.dumps(summary, indent=1) + "\n")
+        write_text(path, text)
     except OSError as error:
         raise UserError(
             f"cannot write {path} ({error.strerror}): give --out, and set data.audit to the same"

@@ -209,9 +209,7 @@ def _id(entry: dict[str, Any]) -> str | None:
 def _image_names(value: Any, faults: list[Fault]) -> tuple[str, ...] | None:
     names = [] if value is None else [value] if isinstance(value, str) else value
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
-        faults.append(
-            Fault("malformed_image", ' has an "image" that is neither a path nor a list of paths')
-        )
+        faults.append(Fault("malformed_image", ' has an "image" that is neither a path nor a list of paths'))
         return None
     faults += [fault for name in names if (fault := _path_fault(name))]
     return tuple(names)
@@ -282,9 +280,7 @@ def _turn(entry: Any, where: str, faults: list[Fault]) -> Turn | None:
     role = _ROLES.get(entry["from"]) if isinstance(entry["from"], str) else None
     if role is None:
         known = ", ".join(_ROLES)
-        faults.append(
-            Fault("unknown_role", f"{where} is from {entry['from']!r}: only {known} are known")
-        )
+        faults.append(Fault("unknown_role", f"{where} is from {entry['from']!r}: only {known} are known"))
     text = entry["value"]
     if not isinstance(text, str):
         what = "nothing" if text is None else f"a JSON {type(text).__name__}"
