@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from grace.cli_args import add, add_json, integer, split_sizes
-from grace.errors import Parser
+from grace.errors import Parser, UserError
 
 
 def add_data(commands: "argparse._SubParsersAction[Parser]") -> None:
@@ -64,7 +64,7 @@ def _add_download(commands: "argparse._SubParsersAction[Parser]") -> None:
     parser.add_argument(
         "--only", nargs="+", action="extend", metavar="NAME", help="these items; default: all of the manifest"
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the data directory")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="the data directory")
     parser.add_argument("--keep-archives", action="store_true", help="keep archives after unpacking them")
     parser.add_argument("--list", action="store_true", help="show what the manifest holds and fetch nothing")
     add_json(parser)
@@ -103,6 +103,8 @@ def _download(args: argparse.Namespace) -> int:
     if args.list:
         print(json.dumps([item.as_dict() for item in items]) if args.json else format_items(items))
         return 0
+    if args.out is None:
+        raise UserError("data download needs --out DIR, or --list to see what there is")
     with progress("downloading", "MB", 1e6) as advance:
         report = download(
             items, args.out, args.keep_archives, advance, lambda line: print(line, file=sys.stderr)

@@ -19,7 +19,7 @@ from grace.files import sha256_of, sync
 
 _BLOCK = 1 << 20
 _TIMEOUT = 60.0  # seconds without a byte
-_ATTEMPTS = 5
+_ATTEMPTS = 4
 _PERMANENT = {400, 401, 403, 404, 410, 451}
 _ADVICE = {
     401: "it wants a login: fetch it by hand",

@@ -245,7 +245,7 @@ def _turns(conversation: Any, present: bool, faults: list[Fault]) -> tuple[Turn,
         faults.append(Fault("empty_conversation", what))
         return None
     turns = [_turn(entry, f", turn {index}", faults) for index, entry in enumerate(conversation)]
-    roles = [turn.role for turn in turns if turn is not None]
+    roles: list[Role] = [turn.role for turn in turns if turn is not None]
     if len(roles) == len(turns):
         faults += _order_faults(roles)
     known = tuple(turn for turn in turns if turn is not None)
