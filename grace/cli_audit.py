@@ -44,6 +44,8 @@ def run_audit(args: argparse.Namespace) -> int:
     write_list(out, audits, data.image_root, length_print(processor, data.max_length), report)
     report["seconds"] = float(f"{seconds:.3f}")
     print(json.dumps(report) if args.json else format_report(report))
+    if policies.need_audit() and out.absolute() != list_path(data.path, data.audit).absolute():
+        print(f"for training to find this list: data.audit={out}", file=sys.stderr)
     if errors := report["errors"]:
         parts = ", ".join(f"{kind} {count}" for kind, count in errors.items())
         raise UserError(

@@ -8,6 +8,7 @@ and every `<image>` in a human turn stands for the next picture of the record.
 
 import json
 import os
+import stat
 import struct
 from collections import Counter
 from collections.abc import Collection, Iterator
@@ -174,6 +175,8 @@ def open_image(path: Path, record_id: str) -> Image.Image:
     """
     limit = Image.MAX_IMAGE_PIXELS
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for ever
+            raise OSError("it is not a file")
         with Image.open(path) as image:
             if limit is not None and image.width * image.height > limit:  # Pillow itself stops at twice that
                 raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels, limit {limit}")

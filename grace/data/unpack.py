@@ -1,5 +1,6 @@
 """Archives of pictures unpacked so that nothing lands outside the folder and nothing is left half written."""
 
+import gzip
 import os
 import shutil
 import stat
@@ -45,6 +46,7 @@ def unpack(archive: Path, folder: Path, advance: Callable[[int], None] = lambda 
         return files
     except (
         zipfile.BadZipFile,
+        gzip.BadGzipFile,
         tarfile.TarError,
         EOFError,
         zlib.error,
