@@ -5,6 +5,7 @@ The checks themselves are in `grace.data.audit`; this file puts recipe, processo
 
 import argparse
 import json
+import sys
 import time
 from collections import Counter
 from collections.abc import Sequence

@@ -22,7 +22,9 @@ from grace.data.records import Parsed, parse_entry, read_entries, repeated_ids
 from grace.data.template import count_tokens, image_token_count
 
 CHUNK = 64  # records at a time: enough to share out the tokenizer's overhead
-RECORDS_PER_WORKER = 2000  # below that, starting a process costs more than it saves
+RECORDS_PER_WORKER = (
+    20_000  # starting the processes takes some five seconds: below that it costs more than it saves
+)
 COUNTS = ("images", "turns", "tokens", "image_tokens", "supervised")
 TEXT_ONLY, VIDEO, MALFORMED = "text only", "video", "malformed"
 
