@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from planted_faults import JPEG, entry, plant
+from planted_faults import JPEG, entry, plant, talk
 
 from grace import cli
 from grace.config import load_recipe
@@ -225,6 +225,7 @@ def test_stats(mixed: Any, capsys: Any) -> None:
     assert "coco" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_killed_audit_leaves_no_list_that_training_takes(mixed: Any, tmp_path: Path, capsys: Any) -> None:
     """Killed at several moments; each time either nothing is there or training refuses or takes it whole."""
     command = [sys.executable, "-m", "grace", "data", "audit", *mixed(SKIP)]
@@ -237,6 +238,40 @@ def test_a_killed_audit_leaves_no_list_that_training_takes(mixed: Any, tmp_path:
         if path.exists() and summary_path(path).exists():
             assert len(load_run_data(load_recipe(RECIPE, mixed(SKIP)[1:])).records) == 7
     assert audit(capsys, *mixed(SKIP))[0] == 0
+
+
+@pytest.mark.slow
+def test_workers_end_with_the_process_they_work_for(tmp_path: Path, tiny_student_dir: Path) -> None:
+    path = tmp_path / "d.json"
+    path.write_text(
+        json.dumps(
+            [
+                entry(f"r{i}", None, conversations=talk(("human", "?"), ("gpt", "word " * 2000)))
+                for i in range(9000)
+            ]
+        )
+    )
+    command = [sys.executable, "-m", "grace", "data", "audit", RECIPE, f"data.path={path}", "data.validation_path=null",
+               f"student.path={tiny_student_dir}", "--workers", "2"]  # fmt: skip
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 60
+    while len(children := descendants(process.pid)) < 4 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert len(children) >= 4  # the resource tracker, the server that forks, and the workers
+    process.kill()
+    process.communicate(timeout=60)  # waits for all that hold its stderr
+    while any(Path(f"/proc/{child}").exists() for child in children) and time.monotonic() < deadline + 30:
+        time.sleep(0.05)
+    assert not [child for child in children if Path(f"/proc/{child}").exists()]
+
+
+def descendants(pid: int) -> list[int]:
+    """Processes below a process (Linux)."""
+    try:
+        own = [int(one) for one in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []
+    return own + [below for one in own for below in descendants(one)]
 
 
 def test_visits_counts_the_stream() -> None:

@@ -6,6 +6,7 @@ they do not depend on the number of workers.
 
 import multiprocessing
 import os
+import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -215,7 +216,16 @@ _checker: Checker | None = None  # of a worker process
 def _start_worker(checker: Checker) -> None:
     global _checker
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _checker = checker
+
+
+def _end_with_parent() -> None:
+    """Ends this worker when the process it works for is gone, killed or not: nobody else would."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # this is a worker
+    parent.join()
+    os._exit(1)
 
 
 def _work(task: Task) -> Chunk:
