@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +22,9 @@ from grace.data.records import load_records
 from grace.data.sampler import step_indices, visits
 from grace.data.template import IGNORED, encode
 from grace.errors import UserError
+from grace.export.pack import parity_records
 from grace.models.processor import load_processor
+from grace.plan import plan
 from grace.run_data import load_run_data, require_same_on_all_ranks
 from grace.train import train
 
@@ -136,6 +139,16 @@ def test_nothing_left_is_an_error(mixed: Any, capsys: Any) -> None:
     assert code == 2 and report["run"] == {"records": 0, "steps": 0} and "no record of" in err
     with pytest.raises(UserError, match="leaves no record"):
         train(load_recipe(RECIPE, mixed(everything, "data.max_length=1")[1:]))
+
+
+def test_plan_and_parity_gate_take_the_same_records(mixed: Any, tmp_path: Path, capsys: Any) -> None:
+    assert audit(capsys, *mixed(SKIP))[0] == 0
+    recipe = load_recipe(RECIPE, mixed(SKIP)[1:])
+    planned = plan(recipe)
+    assert planned["data"]["records"] == 7 and planned["schedule"]["steps"] == 4
+    source: Any = SimpleNamespace(recipe=asdict(recipe), directory=tmp_path)
+    kept = [record.id for record in parity_records(source, None, None)]
+    assert kept == ["r0", "r1", "r3", "r5", "r6", "r8", "r9"][: len(kept)] and len(kept) > 2
 
 
 def test_validation_is_audited_and_left_out_alike(mixed: Any, tmp_path: Path, capsys: Any) -> None:

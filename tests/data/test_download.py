@@ -23,6 +23,7 @@ from grace.data.unpack import unpack
 from grace.errors import UserError
 
 BODY = bytes(range(256)) * 2000
+SHORT = [1000] * 4  # as many broken answers as there are attempts
 ROOT = Path(__file__).parents[2]
 
 
@@ -32,7 +33,7 @@ class Server(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.files: dict[str, bytes] = {}
-        self.breaks: list[int | None] = []
+        self.breaks: list[Any] = []  # None: does not break
         self.codes: list[int] = []  # of the next answers, instead of contents
         self.tags, self.ranges = True, True
         self.asked: list[str | None] = []  # Range of each request
@@ -109,7 +110,7 @@ def test_a_broken_transfer_goes_on_where_it_stopped(server: Server, tmp_path: Pa
 
 
 def test_the_next_command_goes_on_too(server: Server, tmp_path: Path) -> None:
-    server.breaks = [1000] * 4
+    server.breaks = [*SHORT]
     with pytest.raises(UserError, match="broke off after 4000 of 512000 bytes.*goes on from there"):
         get(server, tmp_path / "a.bin")
     assert not (tmp_path / "a.bin").exists()
@@ -119,7 +120,7 @@ def test_the_next_command_goes_on_too(server: Server, tmp_path: Path) -> None:
 
 def test_the_last_byte_was_there_already(server: Server, tmp_path: Path) -> None:
     """Killed between the last byte and the renaming."""
-    server.breaks = [1000] * 4
+    server.breaks = [*SHORT]
     with pytest.raises(UserError):
         get(server, tmp_path / "a.bin")
     (tmp_path / ".a.bin.part").write_bytes(BODY)
@@ -128,7 +129,7 @@ def test_the_last_byte_was_there_already(server: Server, tmp_path: Path) -> None
 
 def test_a_file_that_changed_in_between_starts_anew(server: Server, tmp_path: Path) -> None:
     for tags in (True, False):
-        server.files["a.bin"], server.tags, server.breaks = BODY, tags, [1000] * 4
+        server.files["a.bin"], server.tags, server.breaks = BODY, tags, [*SHORT]
         with pytest.raises(UserError):
             get(server, tmp_path / "a.bin")
         server.files["a.bin"] = b"another, longer file" * 50_000
@@ -151,7 +152,8 @@ def test_size_and_checksum(server: Server, tmp_path: Path) -> None:
     good = hashlib.sha256(BODY).hexdigest()
     assert get(server, tmp_path / "a.bin", sha256=good, bytes=len(BODY))
     assert not get(server, tmp_path / "a.bin", sha256=good)
-    for wrong in ({"sha256": "0" * 64}, {"bytes": 5}):
+    wrongs: list[dict[str, Any]] = [{"sha256": "0" * 64}, {"bytes": 5}]
+    for wrong in wrongs:
         with pytest.raises(UserError, match="remove it to fetch it again"):
             get(server, tmp_path / "a.bin", **wrong)
         with pytest.raises(UserError, match="another file now"):
