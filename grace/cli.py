@@ -1,6 +1,6 @@
 """The `grace` command. Every import of an implementation waits until its sub-command runs.
 
-grace demo | data ... | train | export | generate | inspect
+grace demo | data ... | train | teacher-cache | export | generate | inspect
 """
 
 import argparse
@@ -45,7 +45,15 @@ def build_parser() -> Parser:
     parser = Parser(prog="grace", description="Small vision-language models trained and served at 4 bits.")
     parser.add_argument("--version", action="version", version=f"grace {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for add in (_add_demo, add_data, _add_train, _add_export, _add_generate, _add_inspect):
+    for add in (
+        _add_demo,
+        add_data,
+        _add_train,
+        _add_teacher_cache,
+        _add_export,
+        _add_generate,
+        _add_inspect,
+    ):
         add(commands)
     return parser
 
@@ -75,6 +83,23 @@ def _add_train(commands: "argparse._SubParsersAction[Parser]") -> None:
     parser.add_argument(
         "--dry-run", action="store_true", help="print the plan and stop; needs no weights or data"
     )
+
+
+def _add_teacher_cache(commands: "argparse._SubParsersAction[Parser]") -> None:
+    summary = "Compute a recipe's teacher once (several devices: accelerate launch -m grace.teacher_cache)."
+    parser = _add(commands, "teacher-cache", summary, _teacher_cache, "train", rest="overrides")
+    parser.add_argument("recipe", metavar="RECIPE", help="a YAML recipe with a teacher")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="section.key=value", help="fields to override"
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="the cache: new, or to go on with"
+    )
+    parser.add_argument(
+        "--records-per-shard", type=integer(1), default=512, metavar="N",
+        help="what a kill costs at most; default: %(default)s",
+    )  # fmt: skip
+    _add_json(parser)
 
 
 def _add_export(commands: "argparse._SubParsersAction[Parser]") -> None:
@@ -136,6 +161,13 @@ def _train(args: argparse.Namespace) -> int:
     from grace.train import main as train
 
     return train([args.recipe, *args.overrides, *(["--dry-run"] if args.dry_run else [])])
+
+
+def _teacher_cache(args: argparse.Namespace) -> int:
+    from grace.teacher_cache import main as teacher_cache
+
+    options = ["--out", str(args.out), "--records-per-shard", str(args.records_per_shard)]
+    return teacher_cache([args.recipe, *args.overrides, *options, *(["--json"] if args.json else [])])
 
 
 def _export(args: argparse.Namespace) -> int:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import yaml
 
 from grace.errors import UserError
-from grace.recipe_check import build, number, parse_yaml, show, suggest
+from grace.recipe_check import build, matching, number, parse_yaml, show, suggest
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,15 @@ class Teacher:
     path: str | None = None
     base: str | None = None  # as the student's
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    # cpu, cuda:N, cuda:+N (the GPU N places after this process's own), or spread (layer by layer over the
+    # GPUs on which no process trains); default: beside the student
+    device: str | None = matching(
+        r"cpu|spread|cuda:(0|\+?[1-9][0-9]{0,3})", "cpu or cuda:N or cuda:+N or spread", None
+    )
+    load_in: Literal["8bit", "4bit"] | None = None  # the decoder linears, by bitsandbytes; the rest as dtype
     micro_batch_size: int | None = number("[1, inf)", default=None)
+    cache: str | None = None  # made by `grace teacher-cache`; training then holds no teacher in memory
+    cache_top_k: int = number("[1, inf)", default=64)  # likeliest tokens kept beside the target, and used
 
 
 @dataclass(frozen=True)
@@ -139,6 +147,11 @@ class Recipe:
     quant: Quant = Quant()
     distill: Distill = Distill()
 
+    @property
+    def distils(self) -> bool:
+        """Whether there is anything to learn from a teacher."""
+        return self.distill.loss != "none" or self.distill.rcka_weight > 0
+
 
 # ---------------------------------------------------------------- loading
 
@@ -232,10 +245,14 @@ def _parse_override(override: str) -> tuple[str, str, Any]:
 def _check_together(recipe: Recipe, source: str) -> None:
     """What no single field can tell."""
     distill, data = recipe.distill, recipe.data
-    if (distill.loss != "none" or distill.rcka_weight > 0) and recipe.teacher.path is None:
+    if recipe.distils and recipe.teacher.path is None and recipe.teacher.cache is None:
         raise UserError(
-            f"{source}: distill needs a teacher, set teacher.path, "
+            f"{source}: distill needs a teacher, set teacher.path or teacher.cache, "
             "or distill.loss=none and distill.rcka_weight=0"
+        )
+    if recipe.teacher.path is None and (recipe.teacher.device or recipe.teacher.load_in):
+        raise UserError(
+            f"{source}: teacher.device and teacher.load_in need a teacher, set teacher.path, or both to null"
         )
     if not distill.beta_min <= distill.beta_init <= distill.beta_max:
         raise UserError(

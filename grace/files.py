@@ -1,6 +1,7 @@
 """Writing so that a crash leaves either the old file or the new one, never half of either."""
 
 import contextlib
+import fcntl
 import hashlib
 import os
 import shutil
@@ -26,21 +27,30 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replaces `path` with `text` in one step: temporary name, fsync, rename."""
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """Yields a temporary sibling to write to; on success it is synced and replaces `path` in one step.
+
+    On any failure the temporary file is removed and `path` is as it was.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.tmp-", dir=path.parent)
+    os.close(descriptor)
     try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        yield Path(name)
         os.chmod(name, 0o644)
+        sync(Path(name))
         os.replace(name, path)
     except BaseException:
-        os.unlink(name)
+        Path(name).unlink(missing_ok=True)
         raise
     sync(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces `path` with `text` in one step: temporary name, fsync, rename."""
+    with new_file(path) as scratch:
+        scratch.write_text(text, encoding="utf-8")
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -50,6 +60,28 @@ def remove_leftovers(folder: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink()
+
+
+@contextlib.contextmanager
+def locked(directory: Path, field: str) -> Iterator[None]:
+    """Holds a directory, made if need be, for one writer.
+
+    Args:
+        field: what the user would set to choose another.
+
+    Raises:
+        UserError: another process holds it, or it cannot be written to.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = (directory / ".lock").open("w")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UserError(f"{directory} is in use by another run: wait for it, or set {field}") from error
+    except OSError as error:
+        raise UserError(f"cannot write to {directory} ({error.strerror}): set {field}") from error
+    with lock:
+        yield
 
 
 def require_free(path: Path, flag: str = "--out") -> None:

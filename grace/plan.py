@@ -20,7 +20,7 @@ from grace.errors import UserError
 from grace.models import qwen3vl
 from grace.models.processor import load_processor
 from grace.models.tiny import build_tokenizer, tiny_config
-from grace.plan_memory import Sizes, memory
+from grace.plan_memory import Sizes, memory, teacher_elsewhere
 from grace.plan_text import format_plan
 from grace.run import total_steps
 from grace.run_data import load_run_data
@@ -49,10 +49,11 @@ def plan(recipe: Recipe, world_size: int | None = None) -> dict[str, Any]:
         qwen3vl.freeze_vision(student)
     quantization = _quantization(student, recipe)
     teacher = teacher_plan = None
-    if recipe.distill.loss != "none" or recipe.distill.rcka_weight > 0:
+    if recipe.distils and recipe.teacher.cache is None:
         assert recipe.teacher.path is not None  # the recipe was validated
         teacher, teacher_from = _skeleton(recipe.teacher.path, recipe.teacher.base, "teacher")
-        teacher_plan = _describe(teacher, recipe.teacher.path, teacher_from) | {"dtype": recipe.teacher.dtype}
+        teacher_plan = _describe(teacher, recipe.teacher.path, teacher_from)
+        teacher_plan |= {key: getattr(recipe.teacher, key) for key in ("dtype", "load_in", "device")}
     scales = quantization["scales"] if quantization else 0
     trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
     data = _data(recipe)
@@ -76,12 +77,14 @@ def plan(recipe: Recipe, world_size: int | None = None) -> dict[str, Any]:
             "frozen": sum(p.numel() for p in student.parameters() if not p.requires_grad),
         },
         "teacher": teacher_plan,
+        "teacher_cache": recipe.teacher.cache if recipe.distils else None,
         "quantization": quantization,
         "optimizer": _optimizer_groups(student, scales, recipe),
         "data": data,
         "schedule": schedule,
         "distillation": _distillation(recipe),
         "memory": memory(sizes, recipe),
+        "teacher_memory": teacher_elsewhere(sizes, recipe),
         "notes": _notes(recipe, schedule),
     }
 
@@ -256,7 +259,7 @@ def _schedule(recipe: Recipe, data: Mapping[str, Any], world_size: int) -> dict[
 
 def _distillation(recipe: Recipe) -> dict[str, Any] | None:
     options = recipe.distill
-    if options.loss == "none" and options.rcka_weight == 0:
+    if not recipe.distils:
         return None
     return {
         "loss": options.loss,

@@ -14,6 +14,7 @@ from typing import Any
 from grace.config import Recipe
 from grace.distill.fused import CHUNK_BYTES
 from grace.models import qwen3vl
+from grace.models.placement import block_bytes, spread, weight_bytes
 
 GIB = 2**30
 
@@ -24,6 +25,7 @@ VISION = {"bf16": {"D": 22, "F": 4}, "fp32": {"D": 44, "F": 8}}
 MERGER = {"bf16": 8, "fp32": 16}
 EMBEDDING = 9  # bytes per token and width around the decoder: embedding output, final norm
 PATCHES_PER_TOKEN = 4
+SPREAD_SHOWN = (1, 3, 7)  # GPUs of a teacher where 8 are shared by 4, 2 or 1 processes
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,16 @@ def memory(sizes: Sizes, recipe: Recipe) -> dict[str, Any]:
         items.append(("DDP buckets", learned * 4, "4 bytes x trained (gradients in flight)"))
     if sizes.teacher is not None:
         items += _teacher_items(sizes, recipe)
+    elif recipe.distils:
+        k = recipe.teacher.cache_top_k
+        cached = sizes.share * (sizes.supervised * (8 * k + 28) + 2 * sizes.images**2)
+        items.append(
+            (
+                "cached teacher",
+                cached,
+                f"(8 x {k} + 28) bytes x supervised tokens of a step, 2 x image tokens^2",
+            )
+        )
     items.append(_copies(linears, sizes, recipe, width))
     items.append(
         (
@@ -141,13 +153,44 @@ def _activation_formula(precision: str, checkpointing: bool) -> str:
 
 
 def _teacher_items(sizes: Sizes, recipe: Recipe) -> list[tuple[str, int, str]]:
-    width = 4 if recipe.teacher.dtype == "float32" else 2
-    parameters = sum(p.numel() for p in sizes.teacher.parameters())
-    hidden = sizes.share * (sizes.supervised + sizes.images) * sizes.teacher.config.text_config.hidden_size
-    return [
-        ("teacher weights", parameters * width, f"{width} bytes x parameters"),
-        ("teacher signals", hidden * width, f"{width} bytes x D x (supervised + image tokens of a step)"),
-    ]
+    """What lies beside the student: the weights, or the output layer alone if they are elsewhere."""
+    width, text = _teacher_width(recipe), sizes.teacher.config.text_config
+    hidden = sizes.share * (sizes.supervised + sizes.images) * text.hidden_size
+    signals = "teacher signals", hidden * width, f"{width} bytes x D x (supervised + image tokens of a step)"
+    if recipe.teacher.device is None:
+        held = sum(weight_bytes(sizes.teacher, width, recipe.teacher.load_in).values())
+        return [("teacher weights", held, _teacher_formula(recipe)), signals]
+    head = text.vocab_size * text.hidden_size * width
+    return [("teacher head", head, f"{width} bytes x V x D, beside the student"), signals]
+
+
+def teacher_elsewhere(sizes: Sizes, recipe: Recipe) -> list[dict[str, Any]] | None:
+    """Rows {name, gib, formula} of the teacher's weights on devices of its own; None if it has none."""
+    asked = recipe.teacher.device
+    if sizes.teacher is None or asked is None:
+        return None
+    held = weight_bytes(sizes.teacher, _teacher_width(recipe), recipe.teacher.load_in)
+    blocks = block_bytes(sizes.teacher, held)
+    rows = [{"name": "weights", "gib": sum(blocks.values()) / GIB, "formula": _teacher_formula(recipe)}]
+    for count in SPREAD_SHOWN if asked == "spread" else ():
+        on = dict.fromkeys(range(count), 0)
+        for block, place in spread(sizes.teacher, held, list(on)).items():
+            on[place] += blocks[block]
+        where = f"spread over {count} GPU{'s' * (count > 1)}"
+        rows.append({"name": where, "gib": max(on.values()) / GIB, "formula": "on the fullest"})
+    return rows
+
+
+def _teacher_width(recipe: Recipe) -> int:
+    return 4 if recipe.teacher.dtype == "float32" else 2
+
+
+def _teacher_formula(recipe: Recipe) -> str:
+    width, but_head = _teacher_width(recipe), ", head left out" * (recipe.teacher.device is not None)
+    if recipe.teacher.load_in is None:
+        return f"{width} bytes x parameters{but_head}"
+    linears = {"8bit": "1 byte (and 4 a row)", "4bit": "9/16 byte"}[recipe.teacher.load_in]
+    return f"{linears} x decoder linears, {width} bytes x the rest{but_head}"
 
 
 def _copies(linears: dict[str, int], sizes: Sizes, recipe: Recipe, width: int) -> tuple[str, int, str]:

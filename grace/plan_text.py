@@ -10,6 +10,8 @@ def format_plan(plan: Mapping[str, Any]) -> str:
     for role in ("student", "teacher"):
         if plan[role] is not None:
             lines += _model_lines(role, plan[role])
+    if plan["teacher_cache"] is not None:
+        lines += ["", f"teacher: cached in {plan['teacher_cache']}, none in memory"]
     lines += ["", "quantization", *_quantization_lines(plan["quantization"])]
     lines += ["", "optimizer (AdamW)"] + [
         f"  {group['group']:<18}{group['parameters']:>15,}  lr {group['lr']:g}  "
@@ -19,13 +21,24 @@ def format_plan(plan: Mapping[str, Any]) -> str:
     lines += ["", "schedule", *_schedule_lines(plan["schedule"], plan["data"])]
     lines += ["", "distillation", *_distillation_lines(plan["distillation"])]
     lines += ["", "memory of one process, GiB (estimated)"]
-    lines += [
-        f"  {item['name']:<18}{item['gib']:>15.2f}  {item['formula']}" for item in plan["memory"]["items"]
-    ]
+    lines += [_gib(item) for item in plan["memory"]["items"]]
     lines += [f"  {'total':<18}{plan['memory']['total_gib']:>15.2f}"]
+    if plan["teacher_memory"]:
+        lines += ["", f"memory of its teacher on {_place(plan['teacher']['device'])}, GiB"]
+        lines += [_gib(row) for row in plan["teacher_memory"]]
     if plan["notes"]:
         lines += ["", "notes"] + [f"  {note}" for note in plan["notes"]]
     return "\n".join(lines).lstrip("\n")
+
+
+def _gib(row: Mapping[str, Any]) -> str:
+    return f"  {row['name']:<18}{row['gib']:>15.2f}  {row['formula']}"
+
+
+def _place(device: str) -> str:
+    if device == "spread":
+        return "the GPUs on which no process trains"
+    return f"the GPU {device.removeprefix('cuda:+')} places after its own" if "+" in device else device
 
 
 def _model_lines(role: str, model: Mapping[str, Any]) -> list[str]:
@@ -44,8 +57,13 @@ def _model_lines(role: str, model: Mapping[str, Any]) -> list[str]:
     if role == "student":
         lines.append(f"  {'trained':<18}{model['trained']:>15,}  scales included; {model['frozen']:,} frozen")
     else:
-        lines.append(f"  {'trained':<18}{0:>15,}  frozen, {model['dtype']}")
+        lines.append(f"  {'trained':<18}{0:>15,}  frozen, {_precision(model)}")
     return lines
+
+
+def _precision(teacher: Mapping[str, Any]) -> str:
+    load_in = teacher["load_in"]
+    return teacher["dtype"] + (f"; decoder linears in {load_in} (bitsandbytes)" if load_in else "")
 
 
 def _quantization_lines(quantization: Mapping[str, int] | None) -> list[str]:

@@ -52,6 +52,11 @@ def number(interval: str, default: Any = dataclasses.MISSING) -> Any:
     return dataclasses.field(default=default, metadata={"interval": Interval(interval)})
 
 
+def matching(pattern: str, expected: str, default: Any = dataclasses.MISSING) -> Any:
+    """A text field that must match `pattern` as a whole; messages call what does so `expected`."""
+    return dataclasses.field(default=default, metadata={"pattern": pattern, "expected": expected})
+
+
 class _Loader(yaml.SafeLoader):
     """Safe loader that refuses a key given twice; plain YAML keeps the last in silence."""
 
@@ -123,7 +128,7 @@ def _build_section(
         if key not in fields:
             raise UserError(f"{where(name)}: unknown key {name}, {_nearest(kind, name)}")
         try:
-            built[key] = _checked(value, hints[key], fields[key].metadata.get("interval"))
+            built[key] = _checked(value, hints[key], fields[key].metadata)
         except ValueError as error:
             raise UserError(f"{where(name)}: {name} is {show(value)}, {error}") from error
     for key, one in fields.items():
@@ -134,7 +139,7 @@ def _build_section(
     return section_kind(**built)
 
 
-def _checked(value: Any, hint: Any, interval: Interval | None) -> Any:
+def _checked(value: Any, hint: Any, limits: Mapping[str, Any]) -> Any:
     """`value` as its field's type. Raises ValueError saying what was expected."""
     if typing.get_origin(hint) is tuple:
         return _as_names(value)
@@ -155,6 +160,9 @@ def _checked(value: Any, hint: Any, interval: Interval | None) -> Any:
         raise ValueError("expected text that is not empty")
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError("expected a finite number")
+    if "pattern" in limits and isinstance(value, str) and not re.fullmatch(limits["pattern"], value):
+        raise ValueError(f"expected {limits['expected']}{' or null' * (type(None) in allowed)}")
+    interval = limits.get("interval")
     if interval is not None and isinstance(value, int | float) and value not in interval:
         raise ValueError(f"out of range: it must be {interval}")
     return value

@@ -5,7 +5,6 @@
 
 import contextlib
 import copy
-import fcntl
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,15 +12,18 @@ from typing import Any, cast
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
+from accelerate.utils import get_int_from_env
 from torch import Tensor
 
 from grace import checkpoint
-from grace.config import Recipe, load_recipe, recipe_diff
+from grace.config import Recipe, Teacher, load_recipe, recipe_diff
 from grace.data.sampler import steps_of
+from grace.distill.cache_store import TeacherCache
 from grace.distill.controller import IBController
 from grace.errors import UserError
-from grace.files import remove_leftovers
+from grace.files import locked, remove_leftovers
 from grace.models import qwen3vl
+from grace.models.placement import load_teacher, teacher_devices
 from grace.models.processor import load_processor
 from grace.quant.fake_quant import Kernels, TorchKernels, use_kernels
 from grace.step import Objective, StudentWithLoss, row_kernel
@@ -38,6 +40,7 @@ RESUME_MAY_CHANGE = (
     "data.num_workers",
     "data.accept",
     "data.audit",
+    "teacher.device",
 )
 
 
@@ -56,6 +59,7 @@ class Run:
     total_steps: int
     base_config: Any
     kernels: str  # torch | triton
+    cache: TeacherCache | None = None  # in place of a teacher
     step: int = 0
     validation: dict[str, float] | None = None
 
@@ -76,8 +80,14 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     return accelerator
 
 
-def set_up(recipe: Recipe, accelerator: Accelerator, tokenizer: Any, steps: int) -> Run:
-    """Loads the models, puts the quantizer in, builds optimizer and controller."""
+def set_up(
+    recipe: Recipe, accelerator: Accelerator, tokenizer: Any, steps: int, cache: TeacherCache | None = None
+) -> Run:
+    """Loads the models, puts the quantizer in, builds optimizer and controller.
+
+    Args:
+        cache: what stands in for a teacher.
+    """
     device, options = accelerator.device, recipe.distill
     model = qwen3vl.load_model(recipe.student.path, torch.float32, device)
     base_config = copy.deepcopy(model.config)
@@ -89,12 +99,12 @@ def set_up(recipe: Recipe, accelerator: Accelerator, tokenizer: Any, steps: int)
     if recipe.run.gradient_checkpointing:
         qwen3vl.enable_checkpointing(model)
     teacher, vocabulary = None, qwen3vl.head_weight(model).shape[0]
-    if options.loss != "none" or options.rcka_weight > 0:
+    if cache is not None:
+        vocabulary = cache.vocabulary
+    elif recipe.distils:
         assert recipe.teacher.path is not None  # the recipe was validated
         require_same_tokenizer(tokenizer, recipe.teacher.path)
-        teacher = qwen3vl.load_model(
-            recipe.teacher.path, getattr(torch, recipe.teacher.dtype), device
-        ).requires_grad_(False)
+        teacher = placed_teacher(recipe.teacher, device, accelerator.num_processes)
         vocabulary = min(vocabulary, qwen3vl.head_weight(teacher).shape[0])
     kernels = chosen_kernels(recipe.run.kernels, device.type)
     use_kernels(device.type, quantizer_kernels(kernels))
@@ -120,7 +130,26 @@ def set_up(recipe: Recipe, accelerator: Accelerator, tokenizer: Any, steps: int)
         steps,
         base_config,
         kernels,
+        cache,
     )
+
+
+def placed_teacher(
+    teacher: Teacher, own: torch.device, processes: int
+) -> qwen3vl.Qwen3VLForConditionalGeneration:
+    """This process's teacher, where and in as many bits as the recipe says.
+
+    Args:
+        own: where this process's student is.
+        processes: of the whole run, for launchers that do not say how many are on this machine.
+
+    Raises:
+        UserError: it cannot be there, or not be loaded.
+    """
+    assert teacher.path is not None  # the recipe was validated
+    here = get_int_from_env(["LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE"], processes)
+    devices = teacher_devices(teacher.device, own, here, torch.cuda.device_count())
+    return load_teacher(teacher.path, getattr(torch, teacher.dtype), devices, own, teacher.load_in)
 
 
 def chosen_kernels(asked: str, device_type: str) -> str:
@@ -221,15 +250,7 @@ def claimed(run_dir: Path, recipe: Recipe, is_main: bool) -> Iterator[None]:
     if not is_main:
         yield
         return
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        lock = (run_dir / ".lock").open("w")
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise UserError(f"{run_dir} is in use by another run: wait for it, or set run.output_dir") from error
-    except OSError as error:
-        raise UserError(f"cannot write to {run_dir} ({error.strerror}): set run.output_dir") from error
-    with lock:
+    with locked(run_dir, "run.output_dir"):
         for folder in (run_dir, run_dir / "checkpoints"):
             remove_leftovers(folder)
         require_same_recipe(run_dir, recipe)

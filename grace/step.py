@@ -17,11 +17,14 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from grace.data.batch import Batch
+from grace.distill.cached import CachedSignals
 from grace.distill.fused import RowKernel
 from grace.distill.objective import micro_batch_loss
-from grace.distill.rows import RowLosses, RowSettings, loss_rows
+from grace.distill.rows import RowLosses, RowSettings, TopKRows, loss_rows
 from grace.distill.teacher import IGNORE_INDEX, TeacherSignals, supervised, teacher_signals
 from grace.models import qwen3vl
+
+Signals = TeacherSignals | CachedSignals
 
 
 class NonFiniteLoss(RuntimeError):
@@ -73,21 +76,22 @@ def row_kernel(kernels: str) -> RowKernel:
     """What takes a chunk's losses and gradient: "torch" operations, or the "triton" kernel."""
     if kernels == "torch":
         return loss_rows
-    from grace.kernels import gdkd_triton
+    from grace.kernels import gdkd_top_k_triton, gdkd_triton
 
     def rows(
         student_CV: Tensor,
-        teacher_CS: Tensor | None,
+        teacher: Tensor | TopKRows | None,
         targets_C: Tensor,
         gate_C: Tensor | None,
         settings: RowSettings,
         with_gradient: bool,
     ) -> RowLosses:
-        return RowLosses(
-            *gdkd_triton.loss_rows(
-                student_CV, teacher_CS, targets_C, gate_C, **vars(settings), with_gradient=with_gradient
-            )
-        )
+        options = {**vars(settings), "with_gradient": with_gradient}
+        if isinstance(teacher, TopKRows):
+            assert gate_C is not None  # a cache holds the gates too
+            losses = gdkd_top_k_triton.loss_rows(student_CV, *teacher, targets_C, gate_C, **options)
+            return RowLosses(*losses, gate_C)
+        return RowLosses(*gdkd_triton.loss_rows(student_CV, teacher, targets_C, gate_C, **options))
 
     return rows
 
@@ -103,7 +107,7 @@ class StudentWithLoss(nn.Module):
     def forward(
         self,
         batch: Batch | None,
-        signals: TeacherSignals | None,
+        signals: Signals | None,
         head_VE: Tensor | None,
         counts: StepCounts,
         weights: Weights,
@@ -118,15 +122,13 @@ class StudentWithLoss(nn.Module):
         student_visual: tuple[Tensor, ...] = ()
         if signals is not None and weights.omega > 0:
             student_visual = qwen3vl.visual_tokens(self.model, hidden.last_layer_input_BLD, batch)
+        teacher = {} if signals is None else signals.loss_inputs(head_VE, with_images=bool(student_visual))
         total, parts = qwen3vl.loss_through_head(
             self.model,
             micro_batch_loss,
             hidden_TD,
             targets_T,
             token_count=counts.tokens,
-            teacher_hidden_TE=None if signals is None else signals.hidden_TE,
-            teacher_head_VE=head_VE,
-            gate_T=None if signals is None else signals.gate_T,
             gate_sum=counts.gate_sum,
             beta=weights.beta,
             kind=self.objective.kind if signals is not None else "none",
@@ -134,15 +136,29 @@ class StudentWithLoss(nn.Module):
             tckd_weight=self.objective.tckd_weight,
             nckd_weight=self.objective.nckd_weight,
             student_visual=student_visual,
-            teacher_visual=signals.visual if signals is not None and student_visual else (),
             image_count=counts.images,
             omega=weights.omega,
             row_kernel=self.objective.row_kernel,
+            **teacher,
         )
         sums = torch.stack(
             [t.double() for t in (parts.ce_sum, parts.kd_sum, parts.rcka_sum, parts.degenerate)]
         )
         return total, sums
+
+
+@torch.inference_mode()
+def teacher_outputs(
+    teacher: qwen3vl.Qwen3VLForConditionalGeneration, batch: Batch
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """Final hidden states at supervised positions, their targets, and the visual tokens' states of each image.
+
+    All on the batch's device, wherever the teacher's layers are.
+    """
+    states = qwen3vl.hidden_states(teacher, batch.to(qwen3vl.input_device(teacher)))
+    home = batch.labels_BL.device
+    hidden_TE, targets_T = supervised(states.final_BLD.to(home), batch.labels_BL)
+    return hidden_TE, targets_T, qwen3vl.visual_tokens(teacher, states.last_layer_input_BLD.to(home), batch)
 
 
 @torch.inference_mode()
@@ -155,6 +171,7 @@ def run_teacher(
     """The teacher over every micro-batch of the step, keeping only what the student needs.
 
     Args:
+        teacher: wherever its layers are; its output layer is where the batches are, and so are the signals.
         batches: the student's micro-batches.
         teacher_batches: the same records in the same order, cut otherwise; None runs on the student's.
     """
@@ -162,9 +179,9 @@ def run_teacher(
     visual: list[Tensor] = []
     for batch in batches if teacher_batches is None else teacher_batches:
         if batch is not None:
-            states = qwen3vl.hidden_states(teacher, batch)
-            hidden.append(supervised(states.final_BLD, batch.labels_BL)[0])
-            visual += qwen3vl.visual_tokens(teacher, states.last_layer_input_BLD, batch)
+            hidden_TE, _, images = teacher_outputs(teacher, batch)
+            hidden.append(hidden_TE)
+            visual += images
     if teacher_batches is not None and hidden:
         counts = [int(supervised_tokens(batch)) for batch in batches if batch is not None]
         hidden = list(torch.cat(hidden).split(counts))
@@ -181,7 +198,7 @@ def run_teacher(
 
 
 def count_step(
-    accelerator: Accelerator, batches: Sequence[Batch | None], signals: Sequence[TeacherSignals | None]
+    accelerator: Accelerator, batches: Sequence[Batch | None], signals: Sequence[Signals | None]
 ) -> StepCounts:
     """Sums tokens, gates and usable images over the step; one unconditional collective."""
     sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
@@ -201,7 +218,7 @@ def supervised_tokens(batch: Batch) -> Tensor:
     return (batch.labels_BL[:, 1:] != IGNORE_INDEX).sum()
 
 
-def non_finite(batches: Sequence[Batch | None], signals: Sequence[TeacherSignals | None]) -> list[str]:
+def non_finite(batches: Sequence[Batch | None], signals: Sequence[Signals | None]) -> list[str]:
     """Records of this rank's micro-batches in which the teacher's gates are NaN."""
     return [
         record_id
@@ -219,31 +236,27 @@ def reduce_sum(accelerator: Accelerator, values: Tensor) -> Tensor:
 def forward_backward(
     accelerator: Accelerator,
     student: nn.Module,
-    teacher: qwen3vl.Qwen3VLForConditionalGeneration | None,
     batches: Sequence[Batch | None],
+    signals: Sequence[Signals | None],
     weights: Weights,
-    vocabulary: int,
     kind: str,
-    teacher_batches: Sequence[Batch | None] | None = None,
+    head_VE: Tensor | None = None,
 ) -> StepResult:
     """Accumulates the step's gradients into the student; the caller moves the optimizer.
 
     Args:
         batches: this rank's micro-batches.
-        teacher_batches: as in `run_teacher`.
+        signals: the teacher's side of each (`run_teacher`, or from a cache), or None.
+        head_VE: the teacher's head; None with cached signals.
 
     Raises:
         NonFiniteLoss: names the records of the micro-batches concerned.
     """
-    signals: Sequence[TeacherSignals | None] = [None] * len(batches)
-    if teacher is not None:
-        signals = run_teacher(teacher, batches, vocabulary, teacher_batches)
     counts = count_step(accelerator, batches, signals)
     if not math.isfinite(counts.gate_sum):
         raise NonFiniteLoss(
             f"the teacher's output is not finite; records concerned: {non_finite(batches, signals)}"
         )
-    head_VE = qwen3vl.head_weight(teacher) if teacher is not None else None
     sums = torch.zeros(4, dtype=torch.float64, device=accelerator.device)
     suspects: list[str] = []
     for index, (batch, signal) in enumerate(zip(batches, signals, strict=True)):

@@ -7,31 +7,33 @@ The same command continues a run that was interrupted, from its newest checkpoin
 directory ends with `model/`: a QAT checkpoint when quantization is on, else a plain model.
 """
 
-import itertools
 import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch import Tensor
+from torch.utils.data import DataLoader
 
+from grace.cache_settings import open_cache
 from grace.config import Recipe, load_recipe
 from grace.data.batch import Batch, collate
 from grace.data.records import Record
-from grace.data.sampler import split_step, step_indices
-from grace.data.template import Sample, encode
+from grace.data.template import encode
 from grace.errors import Parser, UserError, run_command
 from grace.evaluation.exact_match import evaluate
 from grace.evaluation.samples import sample_table
+from grace.models import qwen3vl
 from grace.models.processor import load_processor
 from grace.run import Run, claimed, make_accelerator, set_up, total_steps
 from grace.run_data import load_run_data, require_same_on_all_ranks
 from grace.run_save import resume, save_final_model, save_resume_state
-from grace.step import NonFiniteLoss, Weights, forward_backward, reduce_sum
+from grace.step import NonFiniteLoss, Signals, Weights, forward_backward, reduce_sum, run_teacher
+from grace.step_inputs import StepBatches, StepInputs
 from grace.tracking import Tracker
 
 
@@ -83,7 +85,9 @@ def train(recipe: Recipe) -> Path:
         for note in data.notes():
             accelerator.print(note, file=sys.stderr)
         records, validation = data.records, data.validation[: recipe.run.eval_records]
-        run = set_up(recipe, accelerator, processor.tokenizer, total_steps(recipe, len(records)))
+        cached = recipe.distils and recipe.teacher.cache is not None
+        cache = open_cache(recipe, processor, records) if cached else None
+        run = set_up(recipe, accelerator, processor.tokenizer, total_steps(recipe, len(records)), cache)
         tracker = Tracker(run_dir, run.total_steps, recipe.run.log_every, accelerator.is_main_process)
         resume(run, tracker, run_dir)
         tracker.start_wandb(recipe.run.wandb, recipe.run.wandb_project, asdict(recipe))
@@ -95,66 +99,6 @@ def train(recipe: Recipe) -> Path:
             save_final_model(run, run_dir)
         accelerator.wait_for_everyone()
     return run_dir / "model"
-
-
-@dataclass(frozen=True)
-class StepInputs:
-    """One rank's records of a step, cut for the student and, where the recipe says how, for the teacher."""
-
-    student: list[Batch | None]
-    teacher: list[Batch | None] | None
-
-    def to(self, device: torch.device) -> "StepInputs":
-        """The same on `device`."""
-
-        def moved(batches: list[Batch | None]) -> list[Batch | None]:
-            return [batch and batch.to(device) for batch in batches]
-
-        return StepInputs(moved(self.student), None if self.teacher is None else moved(self.teacher))
-
-
-class StepBatches(Dataset):
-    """Maps a step number to this rank's inputs: a pure function of (step, seed)."""
-
-    def __init__(self, run: Run, records: Sequence[Record], processor: Any):
-        self.recipe, self.records, self.processor = run.recipe, records, processor
-        self.rank, self.world_size = run.accelerator.process_index, run.accelerator.num_processes
-        self.has_teacher = run.teacher is not None
-
-    def __getitem__(self, step: int) -> StepInputs | UserError:
-        try:
-            return self.inputs(step)
-        except UserError as error:  # raised in a worker process, it would arrive with the worker's trace
-            return error
-
-    def inputs(self, step: int) -> StepInputs:
-        """The inputs themselves.
-
-        Raises:
-            UserError: a record or picture that cannot be used.
-        """
-        recipe = self.recipe
-        indices = step_indices(step, recipe.optim.batch_size, len(self.records), recipe.run.seed)
-        shares = split_step(indices, self.rank, self.world_size, recipe.run.micro_batch_size)
-        # Alike lengths together: less padding, and the sums of the step do not depend on the cut.
-        mine = sorted((self.records[i] for share in shares for i in share), key=text_length)
-        samples = [encode(record, self.processor, recipe.data.max_length) for record in mine]
-        student = self.batches(samples, [len(share) for share in shares])
-        size = recipe.teacher.micro_batch_size
-        if size is None or not self.has_teacher:
-            return StepInputs(student, None)
-        return StepInputs(student, self.batches(samples, [size] * math.ceil(len(samples) / size)))
-
-    def batches(self, samples: Sequence[Sample], sizes: Sequence[int]) -> list[Batch | None]:
-        """Samples in their order, collated by these sizes; none make None."""
-        rest, pad = iter(samples), self.processor.tokenizer.pad_token_id
-        parts = [list(itertools.islice(rest, size)) for size in sizes]
-        return [collate(part, pad) if part else None for part in parts]
-
-
-def text_length(record: Record) -> int:
-    """Characters of a conversation: a cheap stand-in for its number of text tokens."""
-    return sum(len(turn.text) for turn in record.turns)
 
 
 def _first(items: list[Any]) -> Any:
@@ -197,10 +141,10 @@ def one_step(run: Run, inputs: StepInputs, step: int) -> tuple[dict[str, float],
     for group in run.optimizer.param_groups:
         group["lr"] = group["base_lr"] * factor
     run.optimizer.zero_grad(set_to_none=True)
+    signals, head_VE = teacher_side(run, inputs)
     result = forward_backward(
-        run.accelerator, run.student, run.teacher, inputs.student, weights, run.objective.vocabulary,
-        options.loss, inputs.teacher,
-    )  # fmt: skip
+        run.accelerator, run.student, inputs.student, signals, weights, options.loss, head_VE
+    )
     trainable = [p for group in run.optimizer.param_groups for p in group["params"]]
     norm = float(run.accelerator.clip_grad_norm_(trainable, optim.max_grad_norm))  # type: ignore[arg-type]
     if not math.isfinite(norm):
@@ -213,7 +157,7 @@ def one_step(run: Run, inputs: StepInputs, step: int) -> tuple[dict[str, float],
         "optim/lr": optim.lr * factor,
         "optim/grad_norm": norm,
     }
-    if run.teacher is not None:
+    if run.recipe.distils:
         values |= {
             "loss/gdkd": result.kd, "loss/rcka": result.rcka, "ib/beta": weights.beta, "rcka/omega": omega,
             "rcka/degenerate_images": result.degenerate_images, "gate/mean": result.counts.gate_sum / result.counts.tokens,
@@ -222,6 +166,16 @@ def one_step(run: Run, inputs: StepInputs, step: int) -> tuple[dict[str, float],
             run.controller.update(result.kd)
             values["ib/ema"] = run.controller.m if run.controller.m is not None else result.kd
     return values, result.counts.tokens
+
+
+def teacher_side(run: Run, inputs: StepInputs) -> tuple[Sequence[Signals | None], Tensor | None]:
+    """What the teacher says about each micro-batch, living or cached, and the living one's head."""
+    if inputs.cached is not None:
+        return inputs.cached, None
+    if run.teacher is None:
+        return [None] * len(inputs.student), None
+    signals = run_teacher(run.teacher, inputs.student, run.objective.vocabulary, inputs.teacher)
+    return signals, qwen3vl.head_weight(run.teacher)
 
 
 @torch.no_grad()

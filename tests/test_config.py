@@ -113,6 +113,8 @@ def test_out_of_range_names_the_range(recipe_file, override, expected):
         ("distill.loss=mse", "expected none or kl or gdkd"),
         ("distill.tau=soon", "expected a number or auto"),
         ("run.gradient_checkpointing=1", "expected true or false"),
+        ("teacher.load_in=4", "teacher.load_in is 4, expected 8bit or 4bit or null"),
+        ("teacher.device=1", "teacher.device is 1, expected text"),
         ("student.path=null", "expected text"),
         ("student.path=[a, b]", "expected text"),
     ],
@@ -218,10 +220,30 @@ def test_missing_field_is_named(tmp_path, missing):
         (["distill.beta_min=0.5"], "[beta_min, beta_max] = [0.5, 0]"),
         (["distill.loss=kl", "teacher.path=t"], "has no weight"),
         (["data.min_pixels=10", "data.max_pixels=5"], "at most data.max_pixels=5"),
+        (["teacher.device=cpu"], "need a teacher, set teacher.path"),
+        (["teacher.load_in=4bit"], "need a teacher, set teacher.path"),
     ],
 )
 def test_fields_that_do_not_fit_together(recipe_file, overrides, expected):
     assert expected in complaint(recipe_file, *overrides)
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["cuda", "gpu:1", "cuda:", "cuda:+0", "cuda:01", "cuda:-1", "cuda:1 ", "CPU", "cuda:\u0663", "meta"],
+)
+def test_places_that_are_none(recipe_file, value):
+    message = complaint(recipe_file, "teacher.path=t", f"teacher.device='{value}'")
+    assert f"teacher.device is {value!r}, expected cpu or cuda:N or cuda:+N or spread or null" in message
+
+
+@pytest.mark.parametrize("value", ["cpu", "cuda:0", "cuda:15", "cuda:+1", "spread", None])
+def test_places_of_a_teacher(recipe_file, value):
+    given = "null" if value is None else value
+    recipe = load_recipe(recipe_file, ["teacher.path=t", f"teacher.device={given}"])
+    assert recipe.teacher.device == value
+    recipe_file.write_text(to_yaml(recipe))
+    assert load_recipe(recipe_file) == recipe
 
 
 def test_overrides_are_typed_by_yaml_and_the_last_one_wins(recipe_file):

@@ -182,6 +182,35 @@ def test_memory_items_add_up_and_follow_their_formulas():
     assert gib["activations"] == checkpointed * GIB and kept > 5 * checkpointed
 
 
+@pytest.mark.parametrize(
+    ("load_in", "bytes_a_weight"), [("null", 2), ("8bit", 1 + 8 / 6144), ("4bit", 0.5 + 4 / 64)]
+)
+def test_memory_of_a_teacher_of_few_bits(load_in, bytes_a_weight):
+    result = plan(load_recipe(PUBLISHED, [f"teacher.load_in={load_in}"]), world_size=1)
+    (item,) = [item for item in result["memory"]["items"] if item["name"] == "teacher weights"]
+    linears = result["teacher"]["parts"]["decoder_linears"]
+    rest = result["teacher"]["parameters"] - linears
+    assert item["gib"] * GIB == pytest.approx(2 * rest + bytes_a_weight * linears, rel=1e-3)
+    assert result["teacher_memory"] is None
+    assert (f"decoder linears in {load_in}" in format_plan(result)) == (load_in != "null")
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda:+4", "spread"])
+def test_memory_of_a_teacher_elsewhere(device):
+    beside = plan(load_recipe(PUBLISHED), world_size=1)
+    result = plan(load_recipe(PUBLISHED, [f"teacher.device={device}"]), world_size=1)
+    before, items = (
+        {item["name"]: item["gib"] * GIB for item in p["memory"]["items"]} for p in (beside, result)
+    )
+    head = 2 * 151_936 * 4096
+    assert items == {k: v for k, v in before.items() if k != "teacher weights"} | {"teacher head": head}
+    total, *spreads = (row["gib"] * GIB for row in result["teacher_memory"])
+    assert total == before["teacher weights"] - head
+    assert [round(total / size) for size in spreads] == ([1, 3, 7] if device == "spread" else [])
+    text = format_plan(result)
+    assert "memory of its teacher on " in text and max(map(len, text.splitlines())) <= 120
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_activations_are_those_autograd_saves(tiny_student_dir, precision, checkpointing):

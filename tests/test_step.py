@@ -26,9 +26,10 @@ from grace.distill.gdkd import confidence_gate, gated_dkd
 from grace.distill.rcka import rcka_loss
 from grace.distill.teacher import supervised
 from grace.models import qwen3vl
+from grace.models.placement import spread, weight_bytes
 from grace.models.processor import load_processor
 from grace.run import Run, make_accelerator, set_up
-from grace.step import NonFiniteLoss, Weights, forward_backward
+from grace.step import NonFiniteLoss, Weights, forward_backward, run_teacher
 
 WEIGHTS = Weights(beta=0.7, omega=3.0)
 
@@ -92,10 +93,10 @@ def step(
 ) -> dict[str, Tensor]:
     """Losses, counts and all gradients of one step, as one dictionary of tensors."""
     run.optimizer.zero_grad(set_to_none=True)
-    result = forward_backward(
-        run.accelerator, run.student, run.teacher, batches, weights, run.objective.vocabulary, "gdkd",
-        teacher_batches,
-    )  # fmt: skip
+    assert run.teacher is not None
+    signals = run_teacher(run.teacher, batches, run.objective.vocabulary, teacher_batches)
+    head_VE = qwen3vl.head_weight(run.teacher)
+    result = forward_backward(run.accelerator, run.student, batches, signals, weights, "gdkd", head_VE)
     losses = ("total", "ce", "kd", "rcka", "degenerate_images")
     values = {f"loss.{name}": torch.tensor(getattr(result, name), dtype=torch.float64) for name in losses}
     values |= {
@@ -159,6 +160,24 @@ def test_teacher_may_be_cut_otherwise(single, whole, tiny_world_dir, name: str, 
     records = records_of(STEPS[name][0], tiny_world_dir)
     student, teacher = (batches_of(records, processor, micro, 0, 1) for micro in (2, teacher_micro))
     assert_same(whole[name], step(run, [*student, None], teacher_batches=teacher))
+
+
+@pytest.mark.parametrize("teacher_micro", [None, 3])
+def test_teacher_may_lie_elsewhere(single, whole, tiny_world_dir, tmp_path: Path, teacher_micro) -> None:
+    """In two places (the second a disk, from which weights come at each use): the same step to the bit."""
+    run, processor = single
+    teacher, path = run.teacher, run.recipe.teacher.path
+    places = spread(teacher, weight_bytes(teacher, 4, None), ["cpu", "disk"]) | {qwen3vl.HEAD: "cpu"}
+    over = qwen3vl.load_model(path, torch.float32, device_map=places, offload_folder=tmp_path)
+    qwen3vl.put_head_on(over, run.accelerator.device)
+    records = records_of(STEPS["images and text"][0], tiny_world_dir)
+    batches = batches_of(records, processor, 2, 0, 1)
+    cut = None if teacher_micro is None else batches_of(records, processor, teacher_micro, 0, 1)
+    near, far = (
+        step(dataclasses.replace(run, teacher=t), batches, teacher_batches=cut) for t in (teacher, over)
+    )
+    assert near.keys() == far.keys() and all(torch.equal(near[name], far[name]) for name in near)
+    assert_same(whole["images and text"], far)
 
 
 def test_every_part_of_the_loss_is_there(whole) -> None:

@@ -72,6 +72,34 @@ def test_numbers_do_not_depend_on_how_the_batch_is_cut(tmp_path, overrides):
         assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
 
 
+def test_teacher_may_move_between_the_halves_of_a_run(tmp_path, overrides):
+    """On a CPU it moves to where it is: what is tested is that it is placed, and that a run may go on so."""
+    train(load_recipe(RECIPE, overrides(tmp_path / "plain")))
+    train(load_recipe(RECIPE, overrides(tmp_path / "moved")))
+    (tmp_path / "moved" / "model").rename(tmp_path / "first_model")
+    shutil.rmtree(checkpoint_paths(tmp_path / "moved")[-1])
+    train(load_recipe(RECIPE, overrides(tmp_path / "moved", "teacher.device=cpu")))
+    same_end(tmp_path / "plain", tmp_path / "moved")
+
+
+@pytest.mark.parametrize("load_in", ["8bit", "4bit"])
+def test_teacher_of_few_bits(tmp_path, overrides, load_in):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    train(load_recipe(RECIPE, overrides(tmp_path / "plain", "run.max_steps=2")))
+    train(load_recipe(RECIPE, overrides(tmp_path / "few", "run.max_steps=2", f"teacher.load_in={load_in}")))
+    plain, few = losses(tmp_path / "plain"), losses(tmp_path / "few")
+    assert few != plain and few == pytest.approx(plain, rel=0.3)
+    with pytest.raises(UserError, match=r"teacher\.load_in"):  # another teacher, another run
+        train(load_recipe(RECIPE, overrides(tmp_path / "few", "run.max_steps=2")))
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "cuda:+99"])
+def test_teacher_where_no_device_is(tmp_path, overrides, device, capfd):
+    assert main([RECIPE, *overrides(tmp_path / "run", f"teacher.device={device}")]) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith(f"error: teacher.device={device} ")
+
+
 def test_checkpointed_activations_give_the_same_numbers(tmp_path, overrides):
     train(load_recipe(RECIPE, overrides(tmp_path / "plain", "run.max_steps=2")))
     train(

@@ -191,6 +191,25 @@ def open_image(path: Path, record_id: str) -> Image.Image:
         ) from error
 
 
+def read_image(path: Path, record_id: str) -> bytes:
+    """The bytes of a picture's file.
+
+    Raises:
+        UserError: missing or unreadable; the message names the file and the record.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(
+            f"record {record_id}: image {path} cannot be read ({error.strerror}): restore it or drop the record"
+        ) from error
+
+
+def text_length(record: Record) -> int:
+    """Characters of a conversation: a cheap stand-in for its number of text tokens."""
+    return sum(len(turn.text) for turn in record.turns)
+
+
 def check_marks(turns: tuple[Turn, ...], images: int) -> str | None:
     """What is wrong between `<image>` marks and pictures, or None."""
     marks = sum(turn.text.count(IMAGE_MARK) for turn in turns if turn.role == "user")

@@ -23,7 +23,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from grace.distill import rows
-from grace.distill.rows import RowLosses, RowSettings
+from grace.distill.fused_check import check_inputs, check_targets, check_top_k
+from grace.distill.rows import RowLosses, RowSettings, TopKRows
+from grace.distill.top_k import TopK
 
 # Bytes of a chunk's student logits. The teacher's exist for a quarter of the chunk at a time: a larger chunk
 # makes the two gradient products cheaper, which read and write the whole head each time.
@@ -32,7 +34,9 @@ _TEACHER_SHARE = 4
 # Vocabulary entries at a time where a 16-bit product is added to a wider gradient.
 _HEAD_TILE = 16384
 
-RowKernel = Callable[[Tensor, Tensor | None, Tensor, Tensor | None, RowSettings, bool], RowLosses]
+# Final hidden states and head, or what is known of the rows.
+Teacher = tuple[Tensor, Tensor] | TopKRows | None
+RowKernel = Callable[[Tensor, Tensor | TopKRows | None, Tensor, Tensor | None, RowSettings, bool], RowLosses]
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,7 @@ def fused_ce_gdkd(
     tckd_weight: float = 1.0,
     nckd_weight: float | None = 4.0,
     gates_T: Tensor | None = None,
+    teacher_top_k: TopK | None = None,
     chunk: int | None = None,
     row_kernel: RowKernel = rows.loss_rows,
 ) -> tuple[Tensor, FusedParts]:
@@ -86,7 +91,10 @@ def fused_ce_gdkd(
         teacher_hidden_TE: None (with `teacher_head_VE`) is cross-entropy alone.
         targets_T: int64 targets, no ignore index.
         nckd_weight: None is plain KL(teacher || student) at the temperature in place of DKD, ungated.
-        gates_T: confidence gates; None takes them from the teacher's logits (`teacher_gates`).
+        gates_T: confidence gates; None takes them from the teacher's logits (`teacher_gates`), or those of
+            `teacher_top_k`.
+        teacher_top_k: what a cached teacher knows, in place of its hidden states and head: NCKD is then taken over
+            its likeliest tokens and one residual (`grace.distill.rows_top_k`), and the temperature must be its own.
         chunk: tokens at a time; None takes what fits `CHUNK_BYTES`.
         row_kernel: computes a chunk's losses and gradient.
 
@@ -94,17 +102,30 @@ def fused_ce_gdkd(
         ValueError: shapes do not fit together, targets lie outside the shared vocabulary, or the
             temperature or chunk is not positive.
     """
-    _check(student_hidden_TD, student_head_VD, teacher_hidden_TE, teacher_head_VE, targets_T, gates_T)
+    check_inputs(
+        student_hidden_TD,
+        student_head_VD,
+        teacher_hidden_TE,
+        teacher_head_VE,
+        targets_T,
+        gates_T,
+        teacher_top_k,
+    )
     if not temperature > 0 or (chunk is not None and chunk < 1):
         raise ValueError(f"temperature {temperature} and chunk {chunk} must be positive")
     shared = student_head_VD.shape[0]
-    if teacher_head_VE is not None:
+    teacher: Teacher = None
+    if teacher_hidden_TE is not None and teacher_head_VE is not None:
+        teacher = (teacher_hidden_TE, teacher_head_VE)
         shared = min(shared, teacher_head_VE.shape[0])
-    _check_targets(targets_T, shared)
+    elif teacher_top_k is not None:
+        check_top_k(teacher_top_k, len(targets_T), shared, temperature)
+        teacher, shared = teacher_top_k.rows(), teacher_top_k.vocabulary
+        gates_T = teacher_top_k.gate_T if gates_T is None and nckd_weight is not None else gates_T
+    check_targets(targets_T, shared)
     settings = RowSettings(float(ce_scale), float(gdkd_scale), temperature, tckd_weight, nckd_weight, shared)
     if nckd_weight is None and gates_T is None:
         gates_T = torch.ones(len(targets_T), device=targets_T.device)
-    teacher = (teacher_hidden_TE, teacher_head_VE)
     result: Any = _FusedLoss.apply(
         student_hidden_TD, student_head_VD, teacher, targets_T, gates_T, settings, chunk, row_kernel
     )
@@ -131,7 +152,7 @@ def teacher_gates(
             f"teacher hidden states {tuple(teacher_hidden_TE.shape)} do not fit head {tuple(teacher_head_VE.shape)}"
         )
     head_SE = teacher_head_VE[:shared].to(teacher_hidden_TE.dtype)
-    size = chunk or max(1, chunk_rows(head_SE) // _TEACHER_SHARE)
+    size = chunk or teacher_chunk_rows(head_SE)
     gates = [rows.gate_rows(F.linear(part_CE, head_SE)) for part_CE in teacher_hidden_TE.split(size)]
     return torch.cat(gates)
 
@@ -142,13 +163,18 @@ def chunk_rows(head_VD: Tensor) -> int:
     return max(1, budget // max(1, head_VD.shape[0] * head_VD.element_size()))
 
 
+def teacher_chunk_rows(head_SE: Tensor) -> int:
+    """Tokens of a teacher alone at a time."""
+    return max(1, chunk_rows(head_SE) // _TEACHER_SHARE)
+
+
 class _FusedLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
         hidden_TD: Tensor,
         head_VD: Tensor,
-        teacher: tuple[Tensor | None, Tensor | None],
+        teacher: Teacher,
         targets_T: Tensor,
         gates_T: Tensor | None,
         settings: RowSettings,
@@ -189,7 +215,7 @@ class _FusedLoss(torch.autograd.Function):
 
 def _chunks(
     student: tuple[Tensor, Tensor],
-    teacher: tuple[Tensor | None, Tensor | None],
+    teacher: Teacher,
     targets_T: Tensor,
     gates_T: Tensor | None,
     settings: RowSettings,
@@ -214,9 +240,9 @@ def _chunks(
         for first in range(0, len(chunk_CD), step):
             part_CV = chunk_CV[first : first + step]
             at = slice(start + first, start + first + len(part_CV))
-            teacher_CS = _teacher_logits(teacher, at, settings.shared)
+            known = _teacher_rows(teacher, at, settings.shared)
             gates = None if gates_T is None else gates_T[at]
-            parts.append(row_kernel(part_CV, teacher_CS, targets_T[at], gates, scaled, wants))
+            parts.append(row_kernel(part_CV, known, targets_T[at], gates, scaled, wants))
         if grad_TD is not None:
             grad_TD[start : start + size] = torch.mm(chunk_CV, head_VD).mul_(unit)
         if grad_VD is not None:
@@ -228,11 +254,13 @@ def _chunks(
     return RowLosses(*(torch.cat(column) for column in columns))
 
 
-def _teacher_logits(teacher: tuple[Tensor | None, Tensor | None], at: slice, shared: int) -> Tensor | None:
-    """The teacher's logits [C, S] of some tokens, in its own dtype."""
-    hidden_TE, head_VE = teacher
-    if hidden_TE is None or head_VE is None:
+def _teacher_rows(teacher: Teacher, at: slice, shared: int) -> Tensor | TopKRows | None:
+    """The teacher's side of some tokens: logits [C, S] in its own dtype, or what is known of them."""
+    if teacher is None:
         return None
+    if isinstance(teacher, TopKRows):
+        return teacher.of(at)
+    hidden_TE, head_VE = teacher
     return F.linear(hidden_TE[at], head_VE[:shared].to(hidden_TE.dtype))
 
 
@@ -244,41 +272,3 @@ def _add_head_gradient(grad_VD: Tensor, logit_grad_CV: Tensor, hidden_CD: Tensor
     for start in range(0, len(grad_VD), _HEAD_TILE):
         tile = slice(start, start + _HEAD_TILE)
         grad_VD[tile].add_(logit_grad_CV[:, tile].T @ hidden_CD, alpha=unit)
-
-
-def _check(
-    student_hidden_TD: Tensor,
-    student_head_VD: Tensor,
-    teacher_hidden_TE: Tensor | None,
-    teacher_head_VE: Tensor | None,
-    targets_T: Tensor,
-    gates_T: Tensor | None,
-) -> None:
-    """Raises ValueError unless everything fits together."""
-    tokens = targets_T.shape
-    sides = {"student": (student_hidden_TD, student_head_VD)}
-    if (teacher_hidden_TE is None) != (teacher_head_VE is None):
-        raise ValueError("the teacher's hidden states and its head go together: give both or neither")
-    if teacher_hidden_TE is not None and teacher_head_VE is not None:
-        sides["teacher"] = (teacher_hidden_TE, teacher_head_VE)
-    for side, (hidden, head) in sides.items():
-        if (
-            hidden.ndim != 2
-            or head.ndim != 2
-            or hidden.shape[1] != head.shape[1]
-            or hidden.shape[:1] != tokens
-        ):
-            raise ValueError(
-                f"{side} hidden states {tuple(hidden.shape)}, head {tuple(head.shape)} and targets "
-                f"{tuple(tokens)} do not fit: expected [T, width], [vocabulary, width] and [T]"
-            )
-    if gates_T is not None and gates_T.shape != tokens:
-        raise ValueError(f"gates {tuple(gates_T.shape)} do not fit {tuple(tokens)} targets")
-
-
-def _check_targets(targets_T: Tensor, shared: int) -> None:
-    """On the CPU only: elsewhere it would wait for the device, whose own indexing checks them."""
-    if targets_T.device.type == "cpu" and len(targets_T):
-        low, high = (int(value) for value in targets_T.aminmax())
-        if low < 0 or high >= shared:
-            raise ValueError(f"targets span [{low}, {high}], outside the shared vocabulary of {shared}")

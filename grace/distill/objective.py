@@ -16,8 +16,9 @@ from typing import Literal
 from torch import Tensor
 
 from grace.distill.fused import RowKernel, fused_ce_gdkd
-from grace.distill.rcka import rcka_per_image
+from grace.distill.rcka import rcka_per_image, rcka_to_grams
 from grace.distill.rows import loss_rows
+from grace.distill.top_k import TopK
 
 Kind = Literal["none", "kl", "gdkd"]
 
@@ -60,6 +61,8 @@ def micro_batch_loss(
     nckd_weight: float = 4.0,
     student_visual: Sequence[Tensor] = (),
     teacher_visual: Sequence[Tensor] = (),
+    teacher_top_k: TopK | None = None,
+    teacher_grams: Sequence[Tensor] = (),
     image_count: float = 1.0,
     omega: float = 0.0,
     row_kernel: RowKernel = loss_rows,
@@ -76,6 +79,8 @@ def micro_batch_loss(
         token_count: supervised tokens of the whole step.
         gate_T: confidence gates; taken from the teacher's logits when absent.
         gate_sum: gates summed over the whole step.
+        teacher_top_k, teacher_grams: what a cached teacher knows, in place of its hidden states and head and of
+            its visual tokens.
         image_count: images of the whole step whose teacher Gram is usable. An image that only the
             student's Gram makes degenerate adds 0 to the sum and stays in this count.
         row_kernel: as in `fused_ce_gdkd`.
@@ -88,20 +93,23 @@ def micro_batch_loss(
         raise ValueError(f'kind must be "none", "kl" or "gdkd", got {kind!r}')
     token_count = _require_positive(token_count, "token_count")
     if kind == "none":
-        teacher_hidden_TE = teacher_head_VE = gate_T = None
-    elif teacher_hidden_TE is None or teacher_head_VE is None:
-        raise ValueError(f'kind "{kind}" needs teacher_hidden_TE and teacher_head_VE')
+        teacher_hidden_TE = teacher_head_VE = teacher_top_k = gate_T = None
+    elif teacher_top_k is None and (teacher_hidden_TE is None or teacher_head_VE is None):
+        raise ValueError(f'kind "{kind}" needs teacher_hidden_TE and teacher_head_VE, or teacher_top_k')
     kd_count = _require_positive(gate_sum, "gate_sum") if kind == "gdkd" else token_count
     total, fused = fused_ce_gdkd(
         student_hidden_TD, student_head_VD, teacher_hidden_TE, teacher_head_VE, targets_T,
         ce_scale=1 / token_count, gdkd_scale=beta / kd_count, temperature=temperature,
         tckd_weight=1.0 if kind == "kl" else tckd_weight, nckd_weight=None if kind == "kl" else nckd_weight,
-        gates_T=gate_T if kind == "gdkd" else None, row_kernel=row_kernel,
+        gates_T=gate_T if kind == "gdkd" else None, teacher_top_k=teacher_top_k, row_kernel=row_kernel,
     )  # fmt: skip
     zero = fused.ce_sum.new_zeros(())
     rcka_sum = degenerate = zero
-    if student_visual or teacher_visual:
-        loss_N, valid_N = rcka_per_image(student_visual, teacher_visual)
+    if student_visual or teacher_visual or teacher_grams:
+        compare, teacher = (
+            (rcka_to_grams, teacher_grams) if teacher_grams else (rcka_per_image, teacher_visual)
+        )
+        loss_N, valid_N = compare(student_visual, teacher)
         rcka_sum, degenerate = loss_N.sum(), (~valid_N).sum()
         total = total + omega * rcka_sum / _require_positive(image_count, "image_count")
     gates = fused.gate_sum if kind == "gdkd" else zero

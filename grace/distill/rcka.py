@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from grace.distill.rcka_fused import DEGENERATE_TOLERANCE, Space, batch_loss, batches
+from grace.distill.rcka_fused import DEGENERATE_TOLERANCE, Form, Space, batch_loss, batches
 
 __all__ = [
     "DEGENERATE_TOLERANCE",
@@ -33,6 +33,8 @@ __all__ = [
     "rcka_loss",
     "rcka_per_image",
     "rcka_per_image_plain",
+    "rcka_to_grams",
+    "teacher_gram",
 ]
 
 
@@ -60,11 +62,41 @@ def rcka_per_image(
     return rcka_in_space(student_visual, teacher_visual, None)
 
 
+def rcka_to_grams(student_visual: Sequence[Tensor], teacher_grams: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """As `rcka_per_image`, from the teacher's Gram matrices [n_i, n_i] (`teacher_gram`, up to any factor)."""
+    _check_count(student_visual, teacher_grams)
+    for student, gram in zip(student_visual, teacher_grams, strict=True):
+        if student.ndim != 2 or gram.shape != (len(student), len(student)):
+            raise ValueError(
+                f"visual tokens of student {tuple(student.shape)} do not fit a Gram matrix {tuple(gram.shape)}"
+            )
+    return _compare(student_visual, teacher_grams, "gram")
+
+
+@torch.no_grad()
+def teacher_gram(visual: Tensor) -> Tensor:
+    """K_c [n, n] of an image's tokens [n, d], divided by its largest entry; zeros where it is degenerate.
+
+    CKA does not see the factor; with it the entries keep their digits in 16 bits.
+    """
+    gram_nn = _product(_centred_rows(visual))
+    if not len(gram_nn):
+        return gram_nn
+    peak = torch.where(_is_degenerate(gram_nn, len(visual)), torch.inf, gram_nn.abs().amax())
+    return gram_nn / peak
+
+
 def rcka_in_space(
     student_visual: Sequence[Tensor], teacher_visual: Sequence[Tensor], space: Space | None
 ) -> tuple[Tensor, Tensor]:
     """As `rcka_per_image`, all images in the space given; None is the cheaper one of each image."""
     _check(student_visual, teacher_visual)
+    return _compare(student_visual, teacher_visual, space)
+
+
+def _compare(
+    student_visual: Sequence[Tensor], teacher_visual: Sequence[Tensor], space: Form | None
+) -> tuple[Tensor, Tensor]:
     if not student_visual:
         return torch.zeros(0), torch.zeros(0, dtype=torch.bool)
     teacher = tuple(visual.detach() for visual in teacher_visual)
@@ -100,7 +132,7 @@ class _RelationalCka(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, teacher: tuple[Tensor, ...], space: Space | None, gradient: bool, *student: Tensor
+        ctx: Any, teacher: tuple[Tensor, ...], space: Form | None, gradient: bool, *student: Tensor
     ) -> tuple[Tensor, Tensor]:
         dtype = torch.float64 if torch.float64 in {v.dtype for v in (*student, *teacher)} else torch.float32
         nothing = student[0].new_zeros((), dtype=dtype)
@@ -143,11 +175,15 @@ class _RelationalCka(torch.autograd.Function):
         return None, None, None, *results
 
 
-def _check(student_visual: Sequence[Tensor], teacher_visual: Sequence[Tensor]) -> None:
+def _check_count(student_visual: Sequence[Tensor], teacher_visual: Sequence[Tensor]) -> None:
     if len(student_visual) != len(teacher_visual):
         raise ValueError(
             f"{len(student_visual)} images of the student against {len(teacher_visual)} of the teacher"
         )
+
+
+def _check(student_visual: Sequence[Tensor], teacher_visual: Sequence[Tensor]) -> None:
+    _check_count(student_visual, teacher_visual)
     for student, teacher in zip(student_visual, teacher_visual, strict=True):
         if student.ndim != 2 or teacher.ndim != 2 or student.shape[0] != teacher.shape[0]:
             raise ValueError(

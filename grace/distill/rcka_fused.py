@@ -26,6 +26,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 Space = Literal["tokens", "features"]
+# What a batch is computed from: rows of both models in one of the spaces, or the teacher's Gram as it is.
+Form = Space | Literal["gram"]
 
 # Unit rows that deviate from their mean by r each have |K_c| <= n r^2. 1e-10 is r = 1e-5: a hundred
 # times float32 rounding, and far below what distinguishes real tokens.
@@ -47,10 +49,10 @@ class ImageShape(NamedTuple):
     teacher: int
 
 
-def multiply_adds(shape: ImageShape, space: Space) -> int:
+def multiply_adds(shape: ImageShape, space: Form) -> int:
     """Of the matrix products, forward and backward: three symmetric or plain Grams and the gradient's."""
     n, s, t = shape
-    if space == "tokens":
+    if space != "features":
         return n * n * (s + t) // 2 + n * n * s
     return n * (s * s + t * t) // 2 + n * s * t + n * s * (s + t)
 
@@ -65,7 +67,7 @@ def cheaper_space(shape: ImageShape) -> Space:
     return "features" if 2 * multiply_adds(shape, "features") < multiply_adds(shape, "tokens") else "tokens"
 
 
-def plan_batches(shapes: Sequence[ImageShape], space: Space, max_bytes: int, slack: int) -> list[list[int]]:
+def plan_batches(shapes: Sequence[ImageShape], space: Form, max_bytes: int, slack: int) -> list[list[int]]:
     """Cuts images of the same widths into batches to be padded to their largest; returns indices.
 
     Largest first; an image joins unless the batch would then exceed `max_bytes`, waste more than
@@ -86,9 +88,9 @@ def plan_batches(shapes: Sequence[ImageShape], space: Space, max_bytes: int, sla
     return plan
 
 
-def _image_bytes(shape: ImageShape, space: Space) -> int:
+def _image_bytes(shape: ImageShape, space: Form) -> int:
     n, s, t = shape
-    if space == "tokens":
+    if space != "features":
         return 4 * (n * (2 * s + t) + 3 * n * n)
     return 8 * (n * (3 * s + t) + s * s + s * t + t * t)
 
@@ -119,18 +121,19 @@ class BatchResult(NamedTuple):
 
 
 def batches(
-    student: Sequence[Tensor], teacher: Sequence[Tensor], space: Space | None = None
-) -> list[tuple[Space, list[int]]]:
-    """Batches (space, indices) of images with the same widths and dtypes.
+    student: Sequence[Tensor], teacher: Sequence[Tensor], space: Form | None = None
+) -> list[tuple[Form, list[int]]]:
+    """Batches (form, indices) of images with the same widths and dtypes.
 
     Args:
-        student, teacher: per image [n_i, S] and [n_i, T], all on one device. An image without tokens or
-            features is in no batch.
+        student, teacher: per image [n_i, S] and [n_i, T] (Gram matrices [n_i, n_i] in form "gram"), all on
+            one device. An image without tokens or features is in no batch.
         space: None takes the cheaper one, image by image.
     """
     pairs = zip(student, teacher, strict=True)
-    shapes = [ImageShape(s.shape[0], s.shape[1], t.shape[1]) for s, t in pairs]
-    groups: dict[tuple[Space, tuple[Any, ...]], list[int]] = {}
+    # A Gram counts as one feature: its size is that of the tokens.
+    shapes = [ImageShape(s.shape[0], s.shape[1], 1 if space == "gram" else t.shape[1]) for s, t in pairs]
+    groups: dict[tuple[Form, tuple[Any, ...]], list[int]] = {}
     for i, shape in enumerate(shapes):
         if 0 not in shape:
             alike = (shape.student, shape.teacher, student[i].dtype, teacher[i].dtype)
@@ -147,14 +150,18 @@ def batches(
     ]
 
 
-def batch_loss(student: list[Tensor], teacher: list[Tensor], space: Space, *, gradient: bool) -> BatchResult:
+def batch_loss(student: list[Tensor], teacher: list[Tensor], space: Form, *, gradient: bool) -> BatchResult:
     """Losses and, if wanted, gradients of the images of one of `batches`; float64 in or of feature space."""
     wide = space == "features" or torch.float64 in (student[0].dtype, teacher[0].dtype)
     dtype = torch.float64 if wide else torch.float32
     # Autocast off: low precision would swamp tokens that are nearly the same.
     with torch.autocast(student[0].device.type, enabled=False):
-        run = _token_space if space == "tokens" else _feature_space
-        return run(student, teacher, dtype, gradient)
+        if space == "features":
+            return _feature_space(student, teacher, dtype, gradient)
+        if space == "gram":
+            return _token_space(student, _padded_grams(teacher, dtype), dtype, gradient)
+        b_Bnn = symmetric_product(_centred_rows(teacher, dtype).centred_Bnd)
+        return _token_space(student, b_Bnn, dtype, gradient)
 
 
 def _by_device(values: dict[str, int], tensor: Tensor) -> int:
@@ -184,10 +191,17 @@ def _centred_rows(images: list[Tensor], dtype: torch.dtype) -> _Rows:
     return _Rows(rows_Bnd, mean_B1d, per_length_Bn, count_B)
 
 
-def _token_space(
-    student: list[Tensor], teacher: list[Tensor], dtype: torch.dtype, gradient: bool
-) -> BatchResult:
-    b_Bnn = symmetric_product(_centred_rows(teacher, dtype).centred_Bnd)
+def _padded_grams(grams: list[Tensor], dtype: torch.dtype) -> Tensor:
+    """Copies [B, n, n], padded with zeros."""
+    largest = max(len(gram) for gram in grams)
+    padded_Bnn = grams[0].new_zeros(len(grams), largest, largest, dtype=dtype)
+    for padded_nn, gram in zip(padded_Bnn, grams, strict=True):
+        padded_nn[: len(gram), : len(gram)] = gram
+    return padded_Bnn
+
+
+def _token_space(student: list[Tensor], b_Bnn: Tensor, dtype: torch.dtype, gradient: bool) -> BatchResult:
+    """From the teacher's Gram matrices, which are consumed."""
     rows_S = _centred_rows(student, dtype)
     student_BnS = rows_S.centred_Bnd
     a_Bnn = symmetric_product(student_BnS)

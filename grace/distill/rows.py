@@ -18,49 +18,33 @@ share; a 1 marks a kept dimension.
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from grace.distill.bernoulli import binary_kl, sigmoid_difference
+from grace.distill.row_parts import (
+    FullRows,
+    RowLosses,
+    RowSettings,
+    positive,
+    rest_entropy,
+    student_side,
+    take_out,
+    wide,
+)
+from grace.distill.rows_top_k import TopKRows
+
+__all__ = ["RowLosses", "RowSettings", "TopKRows", "gate_rows", "loss_rows"]
 
 # Elements of a block: rows enough for two threads, and few enough for the last-level cache (measured: 2**15 and
 # 2**23 are a third slower).
 _CPU_BLOCK = 2**20
 
 
-@dataclass(frozen=True)
-class RowSettings:
-    """Constants of the loss.
-
-    Attributes:
-        ce_scale, kd_scale: factors of the cross-entropy and of gate * KD in the gradient.
-        nckd_weight: None is plain KL, see above.
-        shared: vocabulary entries that both models have; CE uses all of the student's.
-    """
-
-    ce_scale: float
-    kd_scale: float
-    temperature: float
-    tckd_weight: float
-    nckd_weight: float | None
-    shared: int
-
-
-@dataclass(frozen=True)
-class RowLosses:
-    """Per token [C]: cross-entropy, KD loss (T^2 included, gate not) and gate, in float32 or wider."""
-
-    ce_C: Tensor
-    kd_C: Tensor
-    gate_C: Tensor
-
-
 def loss_rows(
     student_CV: Tensor,
-    teacher_CS: Tensor | None,
+    teacher: Tensor | TopKRows | None,
     targets_C: Tensor,
     gate_C: Tensor | None,
     settings: RowSettings,
@@ -70,13 +54,14 @@ def loss_rows(
 
     Args:
         student_CV: logits in any floating dtype; without `with_gradient` they are left as they are.
-        teacher_CS: logits over the shared vocabulary; None is cross-entropy alone.
-        gate_C: None takes exp(-H / log S) of the teacher at temperature 1; all ones for plain KL.
+        teacher: logits [C, S] over the shared vocabulary, or what is known of its likeliest tokens; None is
+            cross-entropy alone.
+        gate_C: None takes exp(-H / log S) of the teacher's logits at temperature 1; all ones for plain KL.
     """
     parts = [
         _block(
             student_CV[rows],
-            None if teacher_CS is None else teacher_CS[rows],
+            teacher.of(rows) if isinstance(teacher, TopKRows) else None if teacher is None else teacher[rows],
             targets_C[rows].unsqueeze(-1),
             None if gate_C is None else gate_C[rows].unsqueeze(-1),
             settings,
@@ -93,13 +78,9 @@ def loss_rows(
 
 def gate_rows(teacher_CS: Tensor) -> Tensor:
     """Confidence gates exp(-H / log S) of teacher logits [C], without a second copy of the logits."""
-    gates = [torch.exp(-_entropy(teacher_CS[rows]) / log_size(teacher_CS)) for rows in _blocks(teacher_CS)]
+    log_S = log_size(teacher_CS.shape[-1])
+    gates = [torch.exp(-_entropy(teacher_CS[rows]) / log_S) for rows in _blocks(teacher_CS)]
     return torch.cat(gates) if gates else teacher_CS.new_zeros(0, dtype=wide(teacher_CS))
-
-
-def wide(logits: Tensor) -> torch.dtype:
-    """The dtype that sums and exponentials are taken in."""
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
 def _blocks(logits_CV: Tensor) -> Iterator[slice]:
@@ -108,8 +89,9 @@ def _blocks(logits_CV: Tensor) -> Iterator[slice]:
     return (slice(start, start + step) for start in range(0, tokens, step))
 
 
-def log_size(logits_CS: Tensor) -> float:
-    return math.log(max(2, logits_CS.shape[-1]))
+def log_size(vocabulary: int) -> float:
+    """Largest entropy of a distribution over it, in nats; a vocabulary of one token counts as two."""
+    return math.log(max(2, vocabulary))
 
 
 def _entropy(teacher_BS: Tensor) -> Tensor:
@@ -121,121 +103,42 @@ def _entropy(teacher_BS: Tensor) -> Tensor:
     return total_B.log() - torch.linalg.vecdot(mass_BS, shifted_BS) / total_B
 
 
-@dataclass(frozen=True)
-class _Rest:
-    """A model's rows with the target taken out.
-
-    Attributes:
-        scaled_BS: (logits - top) / temperature; 0 at the target.
-        mass_BS, mass_B1: exp(scaled), 0 at the target, and its sum.
-        top_B1: largest logit of the rest (0 where there is no rest).
-        target_B1: logit of the target.
-    """
-
-    scaled_BS: Tensor
-    mass_BS: Tensor
-    mass_B1: Tensor
-    top_B1: Tensor
-    target_B1: Tensor
-
-    def odds_B1(self, temperature: float, mass_B1: Tensor) -> Tensor:
-        """Log-odds of the target against a rest of this mass."""
-        return (self.target_B1 - self.top_B1) / temperature - mass_B1.log()
-
-
-def _rest(logits_BV: Tensor, target_B1: Tensor, temperature: float, shared: int) -> _Rest:
-    """Consumes `logits_BV`; what lies past `shared` is left as logits - top."""
-    own_B1 = logits_BV.gather(-1, target_B1)
-    logits_BV.scatter_(-1, target_B1, -torch.inf)
-    top_B1 = logits_BV.amax(-1, keepdim=True)
-    top_B1.masked_fill_(top_B1 == -torch.inf, 0.0)  # a vocabulary of one token has no rest
-    logits_BV.sub_(top_B1)
-    scaled_BS = logits_BV[:, :shared].div_(temperature)
-    mass_BS = scaled_BS.exp()
-    scaled_BS.scatter_(-1, target_B1, 0.0)
-    return _Rest(scaled_BS, mass_BS, mass_BS.sum(-1, keepdim=True), top_B1, own_B1)
-
-
-def _at_one(rest: _Rest, temperature: float, target_B1: Tensor) -> Tensor:
-    """Masses of the rest at temperature 1, 0 at the target; a buffer of its own."""
-    if temperature == 2.0:
-        return rest.mass_BS.square()
-    return (rest.scaled_BS * temperature).exp_().scatter_(-1, target_B1, 0.0)
-
-
 def _block(
     student_BV: Tensor,
-    teacher_BS: Tensor | None,
+    teacher: Tensor | TopKRows | None,
     target_B1: Tensor,
     gate_B1: Tensor | None,
     settings: RowSettings,
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(CE, KD, gate) [B, 1] of one block of rows; the gradient goes over `student_BV`."""
-    shared, tau = settings.shared, settings.temperature
-    work_BV = student_BV.to(wide(student_BV), copy=True)
-    student = _rest(work_BV, target_B1, tau, shared)
-    at_one_BS = _at_one(student, tau, target_B1)
-    beyond_BR = work_BV[:, shared:].exp_()  # entries that the teacher lacks: cross-entropy alone
-    mass_B1 = at_one_BS.sum(-1, keepdim=True) + beyond_BR.sum(-1, keepdim=True)
-    odds_B1 = student.odds_B1(1.0, mass_B1)
-    ce_B1 = -F.logsigmoid(odds_B1)
-    wrong_B1 = settings.ce_scale * torch.sigmoid(-odds_B1)
-    # d CE / d rest is the mass times this; d CE / d target is -wrong
-    ce_factor_B1 = wrong_B1 / _positive(mass_B1)
-    if teacher_BS is None:
+    student = student_side(student_BV, target_B1, settings)
+    if teacher is None:
         if with_gradient:
-            student_BV[:, :shared] = at_one_BS.mul_(ce_factor_B1).scatter_(-1, target_B1, -wrong_B1)
-            student_BV[:, shared:] = beyond_BR.mul_(ce_factor_B1)
-        return ce_B1, torch.zeros_like(ce_B1), torch.ones_like(ce_B1)
-    teacher = _rest(teacher_BS.to(wide(student_BV), copy=True), target_B1, tau, shared)
-    if gate_B1 is None:
-        gate_B1 = torch.exp(-_rest_entropy(teacher, tau, target_B1) / log_size(teacher_BS))
-    gate_B1 = gate_B1.to(ce_B1.dtype)
-    student_odds_B1, teacher_odds_B1 = (rest.odds_B1(tau, rest.mass_B1) for rest in (student, teacher))
-    tckd, nckd = settings.tckd_weight, settings.nckd_weight
-    nckd_B1 = torch.sigmoid(-teacher_odds_B1) if nckd is None else torch.full_like(ce_B1, nckd)
-    kd_B1 = tau**2 * (tckd * binary_kl(teacher_odds_B1, student_odds_B1) + nckd_B1 * _nckd(teacher, student))
-    if with_gradient:
-        delta_B1 = sigmoid_difference(student_odds_B1, teacher_odds_B1)
-        kd_factor_B1 = settings.kd_scale * tau * gate_B1
-        gradient_BS = at_one_BS.mul_(ce_factor_B1)
-        gradient_BS.addcmul_(
-            student.mass_BS, kd_factor_B1 * (nckd_B1 - tckd * delta_B1) / _positive(student.mass_B1)
+            gradient_BS = student.at_one_BS.mul_(student.ce_factor_B1)
+            student.write_gradient(student_BV, gradient_BS, target_B1, -student.wrong_B1)
+        return student.ce_B1, torch.zeros_like(student.ce_B1), torch.ones_like(student.ce_B1)
+    tau, tckd, nckd = settings.temperature, settings.tckd_weight, settings.nckd_weight
+    rest = student.rest
+    if isinstance(teacher, TopKRows):
+        known: FullRows | TopKRows = teacher
+    else:
+        known = FullRows(
+            take_out(teacher.to(rest.mass_BS.dtype, copy=True), target_B1, tau, settings.shared), tau
         )
-        gradient_BS.addcmul_(teacher.mass_BS, -kd_factor_B1 * nckd_B1 / _positive(teacher.mass_B1))
-        gradient_BS.scatter_(-1, target_B1, kd_factor_B1 * tckd * delta_B1 - wrong_B1)
-        student_BV[:, :shared] = gradient_BS
-        student_BV[:, shared:] = beyond_BR.mul_(ce_factor_B1)
-    return ce_B1, kd_B1, gate_B1
-
-
-def _nckd(teacher: _Rest, student: _Rest) -> Tensor:
-    """KL between the two rests, each renormalised [B, 1]; consumes `teacher.scaled_BS`."""
-    # Differences of the shifted logits first: two large normalisers would swamp them.
-    step_BS = teacher.scaled_BS.sub_(student.scaled_BS)
-    step_BS.add_((student.mass_B1 / _positive(teacher.mass_B1)).clamp_min(_tiny(teacher.mass_B1)).log())
-    return torch.linalg.vecdot(teacher.mass_BS, step_BS).unsqueeze(-1) / _positive(teacher.mass_B1)
-
-
-def _rest_entropy(teacher: _Rest, temperature: float, target_B1: Tensor) -> Tensor:
-    """Entropy at temperature 1 of the whole row [B, 1]: of "the target or not", plus that of the rest."""
-    mass_BS = _at_one(teacher, temperature, target_B1)
-    mass_B1 = mass_BS.sum(-1, keepdim=True)
-    odds_B1 = teacher.odds_B1(1.0, mass_B1)
-    mean_B1 = torch.linalg.vecdot(mass_BS, teacher.scaled_BS).unsqueeze(-1) * temperature / _positive(mass_B1)
-    log_mass_B1 = mass_B1.clamp_min(_tiny(mass_B1)).log()
-    yes_B1, no_B1 = torch.sigmoid(odds_B1), torch.sigmoid(-odds_B1)
-    # p log p -> 0 as p -> 0, also where log p is -inf: a rest of nothing
-    no_log_no_B1 = torch.where(no_B1 > 0, no_B1 * F.logsigmoid(-odds_B1), 0.0)
-    between_B1 = -yes_B1 * F.logsigmoid(odds_B1) - no_log_no_B1
-    return between_B1 + no_B1 * (log_mass_B1 - mean_B1)
-
-
-def _positive(mass_B1: Tensor) -> Tensor:
-    """A divisor: an empty rest has mass 0, and every numerator 0 with it."""
-    return mass_B1.clamp_min(_tiny(mass_B1))
-
-
-def _tiny(mass_B1: Tensor) -> float:
-    return torch.finfo(mass_B1.dtype).tiny
+        if gate_B1 is None:
+            gate_B1 = torch.exp(-rest_entropy(known.rest, tau, target_B1) / log_size(settings.shared))
+    assert gate_B1 is not None  # what is known of a teacher's likeliest tokens includes its gates
+    gate_B1 = gate_B1.to(student.ce_B1.dtype)
+    odds_B1, teacher_odds_B1 = rest.odds_B1(tau, rest.mass_B1), known.odds_B1
+    nckd_B1 = torch.sigmoid(-teacher_odds_B1) if nckd is None else torch.full_like(student.ce_B1, nckd)
+    kd_B1 = tau**2 * (tckd * binary_kl(teacher_odds_B1, odds_B1) + nckd_B1 * known.divergence_B1(rest))
+    if with_gradient:
+        delta_B1 = sigmoid_difference(odds_B1, teacher_odds_B1)
+        factor_B1 = settings.kd_scale * tau * gate_B1
+        gradient_BS = student.at_one_BS.mul_(student.ce_factor_B1)
+        gradient_BS.addcmul_(rest.mass_BS, factor_B1 * (nckd_B1 - tckd * delta_B1) / positive(rest.mass_B1))
+        known.subtract_(gradient_BS, rest, factor_B1 * nckd_B1)
+        at_target_B1 = factor_B1 * tckd * delta_B1 - student.wrong_B1
+        student.write_gradient(student_BV, gradient_BS, target_B1, at_target_B1)
+    return student.ce_B1, kd_B1, gate_B1

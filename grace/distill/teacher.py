@@ -8,6 +8,7 @@ Shape suffixes: B batch, L sequence, T supervised tokens, E teacher width, V voc
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,6 +34,11 @@ class TeacherSignals:
     gate_T: Tensor
     visual: tuple[Tensor, ...]
     image_count: Tensor
+
+    def loss_inputs(self, head_VE: Tensor | None, with_images: bool) -> dict[str, Any]:
+        """The teacher's arguments of `grace.distill.objective.micro_batch_loss`."""
+        inputs = {"teacher_hidden_TE": self.hidden_TE, "teacher_head_VE": head_VE, "gate_T": self.gate_T}
+        return inputs | ({"teacher_visual": self.visual} if with_images else {})
 
 
 def supervised(hidden_BLD: Tensor, labels_BL: Tensor) -> tuple[Tensor, Tensor]:

@@ -22,19 +22,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_BLOCK = 4096
-_WARPS = 16
+BLOCK_SIZE = 4096
+WARPS = 16
 
 
 @triton.jit
-def _log1p(x):
+def log1p(x):
     """log(1 + x) with its digits near 0 (Kahan): 1 + x is rounded, and so is its logarithm's argument."""
     shifted = 1.0 + x
     return tl.where(shifted == 1.0, x, tl.log(shifted) * (x / tl.where(shifted == 1.0, 1.0, shifted - 1.0)))
 
 
 @triton.jit
-def _expm1(x):
+def expm1(x):
     """exp(x) - 1 with its digits near 0 (Kahan)."""
     power = tl.exp(x)
     log = tl.log(power)
@@ -42,47 +42,47 @@ def _expm1(x):
 
 
 @triton.jit
-def _softplus(x):
+def softplus(x):
     """log(1 + exp(x)), the negative of log sigmoid(-x)."""
-    return tl.maximum(x, 0.0) + _log1p(tl.exp(-tl.abs(x)))
+    return tl.maximum(x, 0.0) + log1p(tl.exp(-tl.abs(x)))
 
 
 @triton.jit
-def _sigmoid(x):
+def sigmoid(x):
     small = tl.exp(-tl.abs(x))
     return tl.where(x >= 0, 1.0, small) / (1.0 + small)
 
 
 @triton.jit
-def _binary_kl(teacher, student):
+def binary_kl(teacher, student):
     """KL of two yes/no distributions given by log-odds (`grace.distill.bernoulli`)."""
     both = (teacher == student) & (tl.abs(teacher) == float("inf"))
     teacher = tl.where(both, 0.0, teacher)
     student = tl.where(both, 0.0, student)
-    yes = _sigmoid(teacher)
-    no = _sigmoid(-teacher)
-    far = tl.where(yes > 0, yes * (_softplus(-student) - _softplus(-teacher)), 0.0)
-    far += tl.where(no > 0, no * (_softplus(student) - _softplus(teacher)), 0.0)
+    yes = sigmoid(teacher)
+    no = sigmoid(-teacher)
+    far = tl.where(yes > 0, yes * (softplus(-student) - softplus(-teacher)), 0.0)
+    far += tl.where(no > 0, no * (softplus(student) - softplus(teacher)), 0.0)
     step = tl.where(teacher > 0, teacher - student, student - teacher)
     is_near = tl.abs(step) < 0.5
     step = tl.where(is_near, step, 0.0)
-    rare = _sigmoid(-tl.abs(teacher))
-    return tl.where(is_near, _log1p(rare * _expm1(step)) - rare * step, far)
+    rare = sigmoid(-tl.abs(teacher))
+    return tl.where(is_near, log1p(rare * expm1(step)) - rare * step, far)
 
 
 @triton.jit
 def _gate(own, top, mass, moment, log_size):
     """exp(-H / log S) of a row at temperature 1, from its rest's mass and sum of mass * (logit - top)."""
     odds = (own - top) - tl.log(mass)
-    yes = _sigmoid(odds)
-    no = _sigmoid(-odds)
+    yes = sigmoid(odds)
+    no = sigmoid(-odds)
     inside = tl.log(mass) - moment / mass
-    entropy = yes * _softplus(-odds) + tl.where(no > 0, no * (_softplus(odds) + inside), 0.0)
+    entropy = yes * softplus(-odds) + tl.where(no > 0, no * (softplus(odds) + inside), 0.0)
     return tl.exp(-entropy / log_size)
 
 
 @triton.jit
-def _move(top, block_top, tau):
+def move(top, block_top, tau):
     """A running maximum over one more block.
 
     Returns the maximum, the same but 0 while there is none, how far it moved, and by what sums of exponentials at
@@ -98,12 +98,12 @@ def _move(top, block_top, tau):
 
 @triton.jit
 def _teacher_block(t, x_below, both, shift, top, mass, mass_one, moment, cross, tau, SQUARED: tl.constexpr):
-    """The teacher's running sums over one more block, in the order they are given in, and `base` of `_move`.
+    """The teacher's running sums over one more block, in the order they are given in, and `base` of `move`.
 
     `moment` is the sum of mass * (t - top) at temperature 1, `cross` that of mass * ((t - top) - (x - student's top))
     at the temperature; both maxima may have moved, the student's by `shift`.
     """
-    top, base, moved, fade, fade_one = _move(top, tl.max(t, 0), tau)
+    top, base, moved, fade, fade_one = move(top, tl.max(t, 0), tau)
     a = tl.exp((t - base) / tau)
     a_one = a * a if SQUARED else tl.exp(t - base)
     below = tl.where(both, t - base, 0.0)
@@ -124,11 +124,11 @@ def _distance(
     """
     odds = lead / tau - tl.log(mass)
     teacher_odds = teacher_lead / tau - tl.log(teacher_mass)
-    weight = _sigmoid(-teacher_odds) if PLAIN_KL else nckd_weight
+    weight = sigmoid(-teacher_odds) if PLAIN_KL else nckd_weight
     nckd = tl.where(teacher_mass == 0, 0.0, cross / (tau * teacher_mass) + tl.log(mass / teacher_mass))
-    kd = tau * tau * (tckd_weight * _binary_kl(teacher_odds, odds) + weight * nckd)
-    swapped = _sigmoid(-teacher_odds) - _sigmoid(-odds)
-    return kd, weight, tl.where(teacher_odds > 0, swapped, _sigmoid(odds) - _sigmoid(teacher_odds))
+    kd = tau * tau * (tckd_weight * binary_kl(teacher_odds, odds) + weight * nckd)
+    swapped = sigmoid(-teacher_odds) - sigmoid(-odds)
+    return kd, weight, tl.where(teacher_odds > 0, swapped, sigmoid(odds) - sigmoid(teacher_odds))
 
 
 @triton.jit
@@ -174,7 +174,7 @@ def _rows_kernel(
         rest = (columns < vocabulary) & (columns != target)
         both = rest & (columns < shared)
         x = tl.load(student_ptr + columns, mask=rest, other=float("-inf")).to(tl.float32)
-        top, base, shift, fade, fade_one = _move(top, tl.max(x, 0), tau)
+        top, base, shift, fade, fade_one = move(top, tl.max(x, 0), tau)
         u = tl.exp((x - base) / tau)
         mass_one = mass_one * fade_one + tl.sum(u * u if SQUARED else tl.exp(x - base), 0)
         mass = mass * fade + tl.sum(tl.where(both, u, 0.0), 0)
@@ -187,7 +187,7 @@ def _rows_kernel(
 
     own = tl.load(student_ptr + target).to(tl.float32)
     odds_one = (own - base) - tl.log(mass_one)
-    wrong = ce_scale * _sigmoid(-odds_one)
+    wrong = ce_scale * sigmoid(-odds_one)
     ce_factor = tl.where(mass_one == 0, 0.0, wrong / mass_one)  # an empty rest; NaN stays NaN
     kd, gate, at_target, student_factor, teacher_factor = 0.0, 1.0, -wrong, 0.0, 0.0
     if HAS_TEACHER:
@@ -203,7 +203,7 @@ def _rows_kernel(
         student_factor = tl.where(mass == 0, 0.0, factor * (weight - tckd_weight * delta) / mass)
         teacher_factor = tl.where(teacher_mass == 0, 0.0, factor * weight / teacher_mass)
         at_target += factor * tckd_weight * delta
-    tl.store(ce_ptr + row, _softplus(-odds_one))
+    tl.store(ce_ptr + row, softplus(-odds_one))
     tl.store(kd_ptr + row, kd)
     tl.store(gate_ptr + row, gate)
     if WITH_GRADIENT:
@@ -251,10 +251,11 @@ def loss_rows(
         ce_scale, kd_scale, tau, tckd_weight, 0.0 if nckd_weight is None else nckd_weight,
         math.log(max(2, shared)),
         HAS_TEACHER=has_teacher, HAS_GATE=gate_C is not None, PLAIN_KL=nckd_weight is None,
-        WITH_GRADIENT=with_gradient, SQUARED=tau == 2.0, BLOCK=_block(vocabulary), num_warps=_WARPS,
+        WITH_GRADIENT=with_gradient, SQUARED=tau == 2.0, BLOCK=block_size(vocabulary), num_warps=WARPS,
     )  # fmt: skip
     return ce_C, kd_C, gate_out_C
 
 
-def _block(vocabulary: int) -> int:
-    return min(_BLOCK, 1 << max(0, vocabulary - 1).bit_length())
+def block_size(vocabulary: int) -> int:
+    """Columns of a row that a program takes at a time."""
+    return min(BLOCK_SIZE, 1 << max(0, vocabulary - 1).bit_length())

@@ -18,60 +18,12 @@ from torch import Tensor, nn
 from transformers import AutoConfig, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from grace.errors import UserError
+from grace.models.published import PUBLISHED_SHAPES
 from grace.quant.fake_quant import QuantLinear
 
 DECODER_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+VISION, HEAD = "model.visual", "lm_head"
 IMAGE_TOKEN_TYPE = 1  # value of mm_token_type_ids at image tokens
-
-# Shapes of the published models (their config.json on the Hub), so that a plan can be printed
-# with nothing downloaded. Only what differs between sizes is listed.
-_PUBLISHED_SHAPES: dict[str, dict[str, Any]] = {
-    "Qwen/Qwen3-VL-2B-Instruct": {
-        "text": {
-            "hidden_size": 2048,
-            "intermediate_size": 6144,
-            "num_hidden_layers": 28,
-            "num_attention_heads": 16,
-        },
-        "vision": {
-            "depth": 24,
-            "hidden_size": 1024,
-            "intermediate_size": 4096,
-            "deepstack_visual_indexes": [5, 11, 17],
-        },
-        "tied": True,
-    },
-    "Qwen/Qwen3-VL-4B-Instruct": {
-        "text": {
-            "hidden_size": 2560,
-            "intermediate_size": 9728,
-            "num_hidden_layers": 36,
-            "num_attention_heads": 32,
-        },
-        "vision": {
-            "depth": 24,
-            "hidden_size": 1024,
-            "intermediate_size": 4096,
-            "deepstack_visual_indexes": [5, 11, 17],
-        },
-        "tied": True,
-    },
-    "Qwen/Qwen3-VL-8B-Instruct": {
-        "text": {
-            "hidden_size": 4096,
-            "intermediate_size": 12288,
-            "num_hidden_layers": 36,
-            "num_attention_heads": 32,
-        },
-        "vision": {
-            "depth": 27,
-            "hidden_size": 1152,
-            "intermediate_size": 4304,
-            "deepstack_visual_indexes": [8, 16, 24],
-        },
-        "tied": False,
-    },
-}
 
 
 class ModelInputs(Protocol):
@@ -119,10 +71,10 @@ def config_for(path: str) -> Qwen3VLConfig:
         if not isinstance(config, Qwen3VLConfig):
             raise UserError(f"{path} holds a {config.model_type} model: GRACE trains Qwen3-VL")
         return config
-    if path not in _PUBLISHED_SHAPES:
-        known = ", ".join(_PUBLISHED_SHAPES)
+    if path not in PUBLISHED_SHAPES:
+        known = ", ".join(PUBLISHED_SHAPES)
         raise UserError(f"no model at {path}: give a directory with config.json, or one of {known}")
-    shape = _PUBLISHED_SHAPES[path]
+    shape = PUBLISHED_SHAPES[path]
     text = {
         "vocab_size": 151936,
         "num_key_value_heads": 8,
@@ -140,6 +92,12 @@ def config_for(path: str) -> Qwen3VLConfig:
     return Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=shape["tied"])
 
 
+def vocabulary_size(path: str) -> int:
+    """Entries of the output layer; path and errors as `config_for`."""
+    text: Any = config_for(path).text_config
+    return text.vocab_size
+
+
 def skeleton(config: Qwen3VLConfig) -> Qwen3VLForConditionalGeneration:
     """The model on the meta device: all shapes, no memory."""
     with torch.device("meta"):
@@ -149,9 +107,12 @@ def skeleton(config: Qwen3VLConfig) -> Qwen3VLForConditionalGeneration:
 
 
 def load_model(
-    path: str, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+    path: str, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", **options: Any
 ) -> Qwen3VLForConditionalGeneration:
     """Loads a plain or QAT checkpoint as an ordinary model, in evaluation mode.
+
+    Args:
+        options: for the library's `from_pretrained`; with a `device_map` among them `device` is not used.
 
     Raises:
         UserError: no model there, or one that cannot be read.
@@ -159,14 +120,41 @@ def load_model(
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
     try:
-        model = Qwen3VLForConditionalGeneration.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
+        model = Qwen3VLForConditionalGeneration.from_pretrained(
+            path, dtype=dtype, attn_implementation="sdpa", **options
+        )
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
             f"cannot load a Qwen3-VL model from {path} ({reason}): check student.path / teacher.path"
         ) from error
-    nn.Module.to(model, device)  # in place; the class's own `to` hides its types
+    if "device_map" not in options:
+        nn.Module.to(model, device)  # in place; the class's own `to` hides its types
     return model.eval()
+
+
+def blocks(model: Qwen3VLForConditionalGeneration) -> list[str]:
+    """Names of the parts that make up the model, in the order of a forward pass; none can be cut further."""
+    decoder = "model.language_model"
+    layers = [f"{decoder}.layers.{index}" for index in range(len(model.model.language_model.layers))]
+    return [
+        VISION,
+        f"{decoder}.embed_tokens",
+        f"{decoder}.rotary_emb",
+        *layers,
+        f"{decoder}.norm",
+        HEAD,
+    ]
+
+
+def input_device(model: Qwen3VLForConditionalGeneration) -> torch.device:
+    """Where a batch must be for `hidden_states`: models may be spread over several devices."""
+    return model.model.language_model.embed_tokens.weight.device
+
+
+def put_head_on(model: Qwen3VLForConditionalGeneration, device: torch.device) -> None:
+    """Moves the output layer alone to `device`; a tied one is copied there, and no longer tied."""
+    _put_head(model, nn.Linear, nn.Parameter(head_weight(model).detach().to(device), requires_grad=False))
 
 
 def decoder_linears(model: nn.Module) -> dict[str, nn.Linear]:
@@ -215,7 +203,7 @@ def is_merger(name: str) -> bool:
 
 def is_vision(name: str) -> bool:
     """Whether a full parameter name belongs to the vision tower (mergers included)."""
-    return name.startswith("model.visual.")
+    return name.startswith(f"{VISION}.")
 
 
 class LossHead(nn.Linear):
@@ -236,10 +224,13 @@ class LossHead(nn.Linear):
 
 def put_loss_head(model: Qwen3VLForConditionalGeneration) -> None:
     """Makes the output layer a `LossHead` on the same weight, which stays tied where it is."""
-    weight = model.lm_head.weight
+    _put_head(model, LossHead, head_weight(model))
+
+
+def _put_head(model: Qwen3VLForConditionalGeneration, kind: type[nn.Linear], weight_VD: Any) -> None:
     with torch.device("meta"):
-        head = LossHead(weight.shape[1], weight.shape[0], bias=False)
-    head.weight = weight
+        head = kind(weight_VD.shape[1], weight_VD.shape[0], bias=False)
+    head.weight = weight_VD
     model.lm_head = head
 
 

@@ -1,0 +1,145 @@
+"""python benchmarks/cached_teacher.py [--seeds 3] [--k 16 32 64 128 256] [--work DIR] [--out FILE]
+
+What distilling from the k likeliest tokens costs, in the small world: GRACE at 4 bits (recipes/small_world/grace_w4.yaml) under the
+living teacher and under caches of every k. Gradients are compared on the first step's records, at the start of training
+and at its end: the KD term's own, and the whole loss's. Accuracy is exact match on the test split after the recipe's
+steps, with the standard error over its records; the spread over seeds is beside it.
+
+Steps/s is that of whole training runs. Prints a table and, last, one line of JSON; a killed run goes on where it was.
+"""
+
+import argparse
+import json
+import math
+import time
+from pathlib import Path
+
+import torch
+from accelerate.state import AcceleratorState, PartialState
+from measure import machine, report
+from torch import Tensor
+
+from grace.cache_settings import open_cache
+from grace.config import Recipe, load_recipe
+from grace.data.records import load_records
+from grace.data.small_world import write_small_world
+from grace.models.processor import load_processor
+from grace.run import make_accelerator, set_up
+from grace.step import Weights, forward_backward
+from grace.step_inputs import StepBatches
+from grace.teacher_cache import fill_cache
+from grace.train import teacher_side, train
+
+RECIPE = "small_world/grace_w4.yaml"
+
+
+def recipe_for(work: Path, name: str, k: int | None, *more: str) -> Recipe:
+    """The recipe with k tokens of the cache, or the living teacher."""
+    cached = [f"teacher.cache={work / 'cache'}", f"teacher.cache_top_k={k}"] if k else []
+    paths = [f"data.path={work / 'data/qat_train.json'}", f"data.validation_path={work / 'data/test.json'}"]
+    options = ["run.eval_records=6000", "run.eval_every=0", f"run.output_dir={work / 'runs' / name}"]
+    return load_recipe(RECIPE, [*paths, *options, *cached, *more])
+
+
+def gradients(recipe: Recipe, weights: Weights) -> Tensor:
+    """The first step's gradient of every trained parameter, as one vector."""
+    AcceleratorState._reset_state()  # one process, several set-ups
+    processor = load_processor(recipe.student.path)
+    records = load_records(recipe.data.path)
+    cache = open_cache(recipe, processor, records) if recipe.teacher.cache else None
+    run = set_up(recipe, make_accelerator(recipe), processor.tokenizer, 1, cache)
+    inputs = StepBatches(run, records, processor).inputs(0)
+    signals, head_VE = teacher_side(run, inputs)
+    forward_backward(run.accelerator, run.student, inputs.student, signals, weights, "gdkd", head_VE)
+    found = [p.grad.flatten() for p in run.model.parameters() if p.grad is not None]
+    return torch.cat(found).double()
+
+
+def cosines(work: Path, ks: list[int], student: str | None) -> dict[int, dict[str, float]]:
+    """Of the KD term's gradient and of the whole one with the living teacher's, by k."""
+    more = [f"student.path={student}"] if student else []
+
+    def kinds(k: int | None) -> dict[str, Tensor]:
+        recipe = recipe_for(work, "gradients", k, *more)
+        ce = gradients(recipe, Weights(beta=0.0, omega=0.0))
+        return {
+            "kd": gradients(recipe, Weights(beta=1.0, omega=0.0)) - ce,
+            "total": gradients(recipe, Weights(beta=0.5, omega=3.0)),
+        }
+
+    online = kinds(None)
+    result = {}
+    for k in ks:
+        cached = kinds(k)
+        result[k] = {
+            name: float(torch.nn.functional.cosine_similarity(online[name], cached[name], dim=0))
+            for name in online
+        } | {"kd_norm_ratio": float(cached["kd"].norm() / online["kd"].norm())}
+    return result
+
+
+def trained(work: Path, k: int | None, seed: int) -> dict[str, float]:
+    """Exact match, cross-entropy and steps/s of one training run; kept in its directory."""
+    name = f"{'online' if k is None else k}_{seed}"
+    done = work / f"{name}.json"
+    if not done.exists():
+        recipe = recipe_for(work, name, k, f"run.seed={seed}")
+        AcceleratorState._reset_state()
+        start = time.perf_counter()
+        train(recipe)
+        seconds = time.perf_counter() - start
+        lines = [
+            json.loads(line) for line in (work / "runs" / name / "metrics.jsonl").read_text().splitlines()
+        ]
+        result = {key: lines[-1][key] for key in ("val/exact_match", "val/exact_match_se", "val/ce")}
+        kd = [line["loss/gdkd"] for line in lines if "loss/gdkd" in line]
+        done.write_text(json.dumps(result | {"seconds": seconds, "gdkd_first": kd[0], "gdkd_last": kd[-1]}))
+    return json.loads(done.read_text())
+
+
+def summary(rows: list[dict[str, float]]) -> dict[str, float]:
+    """Means over seeds, and the spread of exact match."""
+    values = [row["val/exact_match"] for row in rows]
+    mean = sum(values) / len(values)
+    spread = math.sqrt(sum((v - mean) ** 2 for v in values) / max(1, len(values) - 1))
+    means = {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
+    return {key.removeprefix("val/"): value for key, value in means.items()} | {"exact_match_spread": spread}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--k", type=int, nargs="+", default=[16, 32, 64, 128, 256])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--work", type=Path, default=Path("runs/cached_teacher"), help="default: %(default)s")
+    parser.add_argument("--out", type=Path, help="also write the JSON here")
+    args = parser.parse_args()
+    if not (args.work / "data").exists():
+        sizes = {"qat_train": 2000, "test": 6000}
+        write_small_world(args.work / "data", 0, sizes)
+    recipe = recipe_for(args.work, "cache", None, f"teacher.cache_top_k={max(args.k)}")
+    cache = fill_cache(recipe, args.work / "cache", make_accelerator(recipe))
+    PartialState()
+    arms = {k: summary([trained(args.work, k, seed) for seed in range(args.seeds)]) for k in (None, *args.k)}
+    start = cosines(args.work, args.k, None)
+    end = cosines(args.work, args.k, str(args.work / "runs/online_0/model"))
+    print(
+        "k       exact match (SE, spread)   CE      GDKD first/last   KD cosine start/end   total cosine start/end"
+    )
+    for k, row in arms.items():
+        grads = "" if k is None else (
+            f"{start[k]['kd']:.4f} / {end[k]['kd']:.4f}   {start[k]['total']:.4f} / {end[k]['total']:.4f}"
+        )  # fmt: skip
+        print(f"{k or 'online':<7} {row['exact_match']:.4f} ({row['exact_match_se']:.4f}, {row['exact_match_spread']:.4f})   "
+              f"{row['ce']:.4f}   {row['gdkd_first']:.2f} / {row['gdkd_last']:.2f}   {grads}")  # fmt: skip
+    result = {
+        "benchmark": "cached_teacher", **machine(), "recipe": RECIPE, "seeds": args.seeds, "vocabulary": 512,
+        "cache_bytes": cache["bytes"], "cache_tokens": cache["tokens"],
+        "arms": {str(k or "online"): row for k, row in arms.items()}, "cosines_start": start, "cosines_end": end,
+    }  # fmt: skip
+    report(result, args.out)
+
+
+if __name__ == "__main__":
+    main()
