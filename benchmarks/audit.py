@@ -30,7 +30,8 @@ from PIL import Image
 
 from grace.data.audit import audit_file
 from grace.data.image_check import check_image
-from grace.data.records import parse_entries, read_entries
+from grace.data.record_parse import parse_entries
+from grace.data.records import read_entries
 from grace.models.processor import load_processor
 from grace.models.tiny import write_tiny_model
 

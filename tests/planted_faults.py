@@ -110,6 +110,8 @@ FILES: dict[str, tuple[bytes, set[str]]] = {
     "no_end.jpg": (JPEG[:-2], {"truncated"}),
     "header_only.jpg": (JPEG[:30], {"truncated"}),
     "half_appended.jpg": (JPEG[: len(JPEG) // 2] + b"\0" * 3000 + b"x", {"truncated"}),
+    "preallocated.jpg": (JPEG[: len(JPEG) // 2] + bytes(len(JPEG)), {"truncated"}),
+    "preallocated.png": (PNG[: len(PNG) // 2] + bytes(len(PNG)), {"truncated"}),
     "half.png": (PNG[: len(PNG) // 2], {"truncated"}),
     "no_end.png": (PNG[:-12], {"truncated"}),
     "header_only.png": (PNG[:20], {"truncated"}),

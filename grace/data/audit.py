@@ -19,7 +19,8 @@ import numpy as np
 
 from grace.data.faults import CLASSES, Fault, Policies
 from grace.data.image_check import check_image
-from grace.data.records import Parsed, parse_entry, read_entries, repeated_ids
+from grace.data.record_parse import Parsed, parse_entry, repeated_ids
+from grace.data.records import read_entries
 from grace.data.template import count_tokens, image_token_count
 
 CHUNK = 64  # records at a time: enough to share out the tokenizer's overhead

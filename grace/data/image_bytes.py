@@ -116,7 +116,7 @@ def _png_end(file: BinaryIO, size: int) -> bool:
     while offset + 12 <= size:
         file.seek(offset)
         length, name = struct.unpack(">I4s", file.read(8))
-        if name == b"IEND":
-            return True
+        if name == b"IEND" or not name.isalpha():
+            return name == b"IEND"
         offset += 12 + length
     return False
