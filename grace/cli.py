@@ -1,15 +1,18 @@
 """The `grace` command. Every import of an implementation waits until its sub-command runs.
 
-grace demo | data small-world | train | teacher-cache | export | generate | inspect
+grace demo | data ... | train | teacher-cache | export | generate | inspect
 """
 
 import argparse
-import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from grace import __version__
+from grace.cli_args import add as _add
+from grace.cli_args import add_json as _add_json
+from grace.cli_args import integer, number
+from grace.cli_data import add_data
 from grace.errors import Parser, UserError, run_command
 
 # Copies of grace.runtime.int4_linear.KERNELS and grace.export.pack.FORMATS: importing those costs
@@ -44,7 +47,7 @@ def build_parser() -> Parser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for add in (
         _add_demo,
-        _add_data,
+        add_data,
         _add_train,
         _add_teacher_cache,
         _add_export,
@@ -52,20 +55,6 @@ def build_parser() -> Parser:
         _add_inspect,
     ):
         add(commands)
-    return parser
-
-
-def _add(
-    commands: "argparse._SubParsersAction[Parser]",
-    name: str,
-    summary: str,
-    run: Callable[[argparse.Namespace], int],
-    extra: str | None = None,
-    rest: str | None = None,
-) -> Parser:
-    """A sub-command; `extra` is the optional dependency group that it needs."""
-    parser = commands.add_parser(name, help=summary, description=summary, rest=rest)
-    parser.set_defaults(run_command=run, extra=extra)
     return parser
 
 
@@ -82,22 +71,6 @@ def _add_demo(commands: "argparse._SubParsersAction[Parser]") -> None:
     parser.add_argument("--from-scratch", action="store_true", help="train teacher and student here as well")
     parser.add_argument("--seed", type=integer(0), default=0, help="default: %(default)s")
     _add_json(parser)
-
-
-def _add_data(commands: "argparse._SubParsersAction[Parser]") -> None:
-    group = commands.add_parser("data", help="Prepare data.", description="Prepare data.")
-    parser = _add(
-        group.add_subparsers(metavar="COMMAND", required=True),
-        "small-world",
-        "Draw the small world's pictures and records.",
-        _small_world,
-        "demo",
-    )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the new directory")
-    parser.add_argument("--seed", type=integer(0), default=0, help="default: %(default)s")
-    parser.add_argument(
-        "--splits", type=split_sizes, metavar="NAME=SIZE,...", help="default: every split at full size"
-    )
 
 
 def _add_train(commands: "argparse._SubParsersAction[Parser]") -> None:
@@ -175,56 +148,6 @@ def _add_inspect(commands: "argparse._SubParsersAction[Parser]") -> None:
     _add_json(parser)
 
 
-def _add_json(parser: Parser) -> None:
-    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
-
-
-def integer(low: int) -> Callable[[str], int]:
-    """An argument type: a whole number, at least `low`."""
-
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = low - 1
-        if value < low:
-            raise argparse.ArgumentTypeError(f"{text!r} must be a whole number, at least {low}")
-        return value
-
-    return parse
-
-
-def number(low: float, high: float = math.inf, open_low: bool = False) -> Callable[[str], float]:
-    """An argument type: a finite number in [low, high], or above `low` with `open_low`."""
-    span = f"{'above' if open_low else 'at least'} {low:g}" + (
-        f" and at most {high:g}" if high < math.inf else ""
-    )
-
-    def parse(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if not (math.isfinite(value) and low <= value <= high and not (open_low and value == low)):
-            raise argparse.ArgumentTypeError(f"{text!r} must be a number {span}")
-        return value
-
-    return parse
-
-
-def split_sizes(text: str) -> dict[str, int]:
-    """An argument type: `name=size,name=size`."""
-    sizes = {}
-    for item in text.split(","):
-        name, _, size = item.strip().partition("=")
-        if not name or not size.isdecimal() or name in sizes:
-            raise argparse.ArgumentTypeError(
-                f"{item!r} must be NAME=SIZE, each name once: qat_train=32,test=14"
-            )
-        sizes[name] = int(size)
-    return sizes
-
-
 # ---------------------------------------------------------------- implementations, imported when used
 
 
@@ -232,13 +155,6 @@ def _demo(args: argparse.Namespace) -> int:
     from grace.demo.pipeline import run_demo
 
     return run_demo(args)
-
-
-def _small_world(args: argparse.Namespace) -> int:
-    from grace.data.small_world import write_small_world
-
-    print(f"wrote {write_small_world(args.out, args.seed, args.splits)}", file=sys.stderr)
-    return 0
 
 
 def _train(args: argparse.Namespace) -> int:

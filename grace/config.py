@@ -59,6 +59,10 @@ class Data:
     max_length: int = number("[1, inf)", default=4096)
     packing: bool = True  # a micro-batch's records side by side in one row, without padding
     num_workers: int = number("[0, inf)", default=0)
+    # Classes of fault (data/README.md): records to leave out, and faults to live with. The rest are errors.
+    skip: tuple[str, ...] = ()
+    accept: tuple[str, ...] = ()
+    audit: str | None = None  # list written by `grace data audit`; default: beside `path`
     # What --dry-run reckons with while `path` is absent:
     expected_records: int | None = number("[1, inf)", default=None)
     expected_tokens_per_record: int | None = number("[1, inf)", default=None)  # images included

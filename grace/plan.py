@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from grace.config import Recipe
-from grace.data.records import Record, load_records
+from grace.data.records import Record
 from grace.data.template import encode
 from grace.errors import UserError
 from grace.models import qwen3vl
@@ -23,6 +23,7 @@ from grace.models.tiny import build_tokenizer, tiny_config
 from grace.plan_memory import Sizes, memory, teacher_elsewhere
 from grace.plan_text import format_plan
 from grace.run import total_steps
+from grace.run_data import load_run_data
 
 __all__ = ["format_plan", "parameter_counts", "plan"]
 
@@ -192,7 +193,7 @@ def _optimizer_groups(student: nn.Module, scales: int, recipe: Recipe) -> list[d
 def _data(recipe: Recipe) -> dict[str, Any]:
     """Records and tokens per record: counted where the files are there, else as the recipe expects."""
     data = recipe.data
-    records = load_records(data.path, data.image_root) if Path(data.path).exists() else None
+    records = load_run_data(recipe, validation=False).records if Path(data.path).exists() else None
     measured = _measured_tokens(records, recipe) if records else None
     tokens = measured or (data.expected_tokens_per_record, data.expected_supervised_per_record, None)
     images = tokens[2]

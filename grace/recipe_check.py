@@ -141,6 +141,8 @@ def _build_section(
 
 def _checked(value: Any, hint: Any, limits: Mapping[str, Any]) -> Any:
     """`value` as its field's type. Raises ValueError saying what was expected."""
+    if typing.get_origin(hint) is tuple:
+        return _as_names(value)
     is_union = typing.get_origin(hint) in (types.UnionType, typing.Union)
     allowed = typing.get_args(hint) if is_union else (hint,)
     choices = [c for kind in allowed if typing.get_origin(kind) is Literal for c in typing.get_args(kind)]
@@ -164,6 +166,14 @@ def _checked(value: Any, hint: Any, limits: Mapping[str, Any]) -> Any:
     if interval is not None and isinstance(value, int | float) and value not in interval:
         raise ValueError(f"out of range: it must be {interval}")
     return value
+
+
+def _as_names(value: Any) -> tuple[str, ...]:
+    """A list of names, or text with commas between them; each name once."""
+    names = value.split(",") if isinstance(value, str) else [] if value is None else value
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        raise ValueError("expected a list of names, such as [missing, truncated]")
+    return tuple(dict.fromkeys(name.strip() for name in names if name.strip()))
 
 
 def _as_float(value: Any) -> Any:

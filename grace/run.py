@@ -5,7 +5,6 @@
 
 import contextlib
 import copy
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from grace import checkpoint
 from grace.config import Recipe, Teacher, load_recipe, recipe_diff
+from grace.data.sampler import steps_of
 from grace.distill.cache_store import TeacherCache
 from grace.distill.controller import IBController
 from grace.errors import UserError
@@ -38,6 +38,8 @@ RESUME_MAY_CHANGE = (
     "run.wandb",
     "run.wandb_project",
     "data.num_workers",
+    "data.accept",
+    "data.audit",
     "teacher.device",
 )
 
@@ -235,7 +237,7 @@ def make_optimizer(model: torch.nn.Module, recipe: Recipe) -> torch.optim.AdamW:
 
 def total_steps(recipe: Recipe, records: int) -> int:
     """Optimizer steps of the whole run: `run.max_steps`, else what `optim.epochs` needs."""
-    return recipe.run.max_steps or max(1, math.ceil(recipe.optim.epochs * records / recipe.optim.batch_size))
+    return recipe.run.max_steps or steps_of(recipe.optim.epochs, records, recipe.optim.batch_size)
 
 
 @contextlib.contextmanager

@@ -30,7 +30,7 @@ from grace.cache_settings import cache_settings, refuse_other_settings
 from grace.config import Recipe, load_recipe
 from grace.data.batch import Batch, collate
 from grace.data.record_key import content_key, text_key
-from grace.data.records import Record, load_records, text_length
+from grace.data.records import Record, text_length
 from grace.data.template import encode
 from grace.distill.cache_store import (
     INDEX,
@@ -49,6 +49,7 @@ from grace.files import locked
 from grace.models import qwen3vl
 from grace.models.processor import load_processor
 from grace.run import make_accelerator, placed_teacher, require_same_tokenizer
+from grace.run_data import load_run_data
 from grace.step import NonFiniteLoss, teacher_outputs
 
 RECORDS_PER_SHARD = 512
@@ -98,7 +99,7 @@ def fill_cache(
     start = time.perf_counter()
     processor = load_processor(recipe.student.path, recipe.data.min_pixels, recipe.data.max_pixels)
     require_same_tokenizer(processor.tokenizer, recipe.teacher.path)
-    records = load_records(recipe.data.path, recipe.data.image_root)
+    records = load_run_data(recipe, processor, validation=False).records
     with contextlib.ExitStack() as stack:
         if accelerator.is_main_process:
             stack.enter_context(locked(out, "--out"))

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from grace.cache_settings import open_cache
 from grace.config import Recipe, load_recipe
 from grace.data.batch import Batch, collate
-from grace.data.records import Record, load_records
+from grace.data.records import Record
 from grace.data.template import encode
 from grace.errors import Parser, UserError, run_command
 from grace.evaluation.exact_match import evaluate
@@ -30,6 +30,7 @@ from grace.evaluation.samples import sample_table
 from grace.models import qwen3vl
 from grace.models.processor import load_processor
 from grace.run import Run, claimed, make_accelerator, set_up, total_steps
+from grace.run_data import load_run_data, require_same_on_all_ranks
 from grace.run_save import resume, save_final_model, save_resume_state
 from grace.step import NonFiniteLoss, Signals, Weights, forward_backward, reduce_sum, run_teacher
 from grace.step_inputs import StepBatches, StepInputs
@@ -79,13 +80,11 @@ def train(recipe: Recipe) -> Path:
             return run_dir / "model"
         torch.manual_seed(recipe.run.seed)
         processor = load_processor(recipe.student.path, recipe.data.min_pixels, recipe.data.max_pixels)
-        records = load_records(recipe.data.path, recipe.data.image_root)
-        validation = (
-            load_records(recipe.data.validation_path, recipe.data.image_root)
-            if recipe.data.validation_path
-            else []
-        )
-        validation = validation[: recipe.run.eval_records]
+        data = load_run_data(recipe, processor)
+        require_same_on_all_ranks(data, accelerator)
+        for note in data.notes():
+            accelerator.print(note, file=sys.stderr)
+        records, validation = data.records, data.validation[: recipe.run.eval_records]
         cached = recipe.distils and recipe.teacher.cache is not None
         cache = open_cache(recipe, processor, records) if cached else None
         run = set_up(recipe, accelerator, processor.tokenizer, total_steps(recipe, len(records)), cache)

@@ -19,6 +19,10 @@ USAGE_ERRORS = {
     "abbreviated option": (["generate", "somewhere", "--prom", "x"], "--prompt"),
     "no data command": (["data"], "COMMAND"),
     "unknown data command": (["data", "big-world"], "'small-world'"),
+    "audit: no recipe": (["data", "audit"], "RECIPE"),
+    "audit: no workers": (["data", "audit", "r.yaml", "--workers", "0"], "at least 1"),
+    "stats: no recipe": (["data", "stats", "--json"], "RECIPE"),
+    "download: nothing chosen": (["data", "download", "--only"], "--only"),
     "no recipe": (["train"], "RECIPE"),
     "unknown train option": (["train", "recipe.yaml", "--steps", "run.max_steps=1"], "--steps"),
     "export: no run": (["export", "--out", "x"], "RUN"),
@@ -66,6 +70,11 @@ def test_usage_errors_are_one_line_and_exit_2(capsys, arguments, mentioned):
         ["export", "/nowhere", "--out", "{tmp}/out", "--format", "awq", "--format", "qat", "--json"],
         ["train", "/nowhere.yaml"],
         ["train", "small_world/grace_w4.yaml", "run.sede=1", "--dry-run"],
+        ["data", "audit", "/nowhere.yaml"],
+        ["data", "stats", "/nowhere.yaml", "--json"],
+        ["data", "download"],
+        ["data", "download", "--out", "{tmp}/out", "--only", "nothing"],
+        ["data", "download", "--out", "{tmp}/out", "--manifest", "/nowhere.yaml"],
         ["data", "small-world", "--out", "{tmp}/out", "--splits", "exam=3"],
         ["data", "small-world", "--out", "{tmp}/out", "--splits", "test=0"],
         ["demo", "--out", "{tmp}"],
@@ -90,7 +99,10 @@ def test_modules_run_as_commands(module):
 
 @pytest.mark.parametrize(
     "arguments",
-    [[], ["demo"], ["data"], ["data", "small-world"], ["train"], ["export"], ["generate"], ["inspect"]],
+    [
+        *([], ["demo"], ["data"], ["train"], ["export"], ["generate"], ["inspect"]),
+        *(["data", name] for name in ("audit", "stats", "download", "small-world")),
+    ],
     ids=lambda arguments: " ".join(["grace", *arguments]),
 )
 def test_help(capsys, arguments):

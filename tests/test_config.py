@@ -365,3 +365,26 @@ def test_packaged_recipes_are_found_from_anywhere(tmp_path, monkeypatch):
 def test_intervals(interval, inside, outside):
     assert all(value in Interval(interval) for value in inside)
     assert not any(value in Interval(interval) for value in outside)
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("[missing, truncated]", ("missing", "truncated")),
+        ("missing, truncated", ("missing", "truncated")),
+        ("missing", ("missing",)),
+        ("[missing, missing]", ("missing",)),
+        ("[]", ()),
+        ("null", ()),
+    ],
+)
+def test_lists_of_names(recipe_file, text, names):
+    recipe = load_recipe(recipe_file, [f"data.skip={text}"])
+    assert recipe.data.skip == names and recipe.data.accept == ()
+    recipe_file.write_text(to_yaml(recipe))
+    assert load_recipe(recipe_file) == recipe and recipe_diff(load_recipe(recipe_file), recipe) == []
+
+
+@pytest.mark.parametrize("text", ["3", "[3]", "{a: b}", "true", "[[missing]]", "[null]"])
+def test_what_is_no_list_of_names(recipe_file, text):
+    assert "expected a list of names" in complaint(recipe_file, f"data.skip={text}")

@@ -77,7 +77,7 @@ def test_second_stage_starts_where_the_first_one_ends(second):
 def test_estimates_follow_from_the_numbers_in_their_comment():
     data = load_recipe("qwen3vl_2b_w4g128.yaml").data
     manifest = yaml.safe_load((ROOT / "data" / "sharegpt4v.yaml").read_text())
-    annotations = manifest["annotations"]
+    annotations = manifest["annotations"][0]
     caption = round(annotations["mean_caption_characters"] / 4.6)
     assert data.max_pixels is not None
     assert data.expected_tokens_per_record == data.max_pixels // 1024 + caption + 30

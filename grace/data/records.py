@@ -7,49 +7,79 @@ and every `<image>` in a human turn stands for the next picture of the record.
 """
 
 import json
+import os
+import stat
 import struct
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from PIL import Image
 
+from grace.data.faults import CLASSES, Policies
+from grace.data.record_parse import IMAGE_MARK, Record, Role, Turn, check_marks, parse_entries
 from grace.errors import UserError
 
-IMAGE_MARK = "<image>"
-Role = Literal["user", "assistant", "system"]
-_ROLES: dict[str, Role] = {"human": "user", "gpt": "assistant", "system": "system"}
+__all__ = [
+    "IMAGE_MARK",
+    "Record",
+    "Role",
+    "Turn",
+    "check_marks",
+    "load_records",
+    "open_image",
+    "read_entries",
+    "read_image",
+    "text_length",
+]
 
 
-@dataclass(frozen=True)
-class Turn:
-    """One utterance. `text` keeps its `<image>` marks; they count in user turns only."""
-
-    role: Role
-    text: str
-
-
-@dataclass(frozen=True)
-class Record:
-    """One conversation about zero or more pictures, in the order of their `<image>` marks."""
-
-    id: str
-    images: tuple[Path, ...]
-    turns: tuple[Turn, ...]
-
-
-def load_records(path: str | Path, image_root: str | Path | None = None) -> list[Record]:
+def load_records(
+    path: str | Path,
+    image_root: str | Path | None = None,
+    policies: Policies | None = None,
+    left_out: Collection[int] = (),
+    skipped: Counter[str] | None = None,
+) -> list[Record]:
     """Reads and checks a ShareGPT4V file; pictures are not opened.
 
     Args:
         path: the JSON file.
         image_root: folder that relative image paths start from; None is the file's own folder.
+        policies: which faults cost a record; by default none does.
+        left_out: indices of entries not to use, whatever is wrong with them.
+        skipped: counts up, by class of fault, the records that `policies` leave out beyond those.
 
     Raises:
-        UserError: the file or a record is malformed; the message names both.
+        UserError: the file or a record that is not left out is malformed, naming both, or none remains.
     """
     path = Path(path)
     root = path.parent if image_root is None else Path(image_root)
+    policies = policies or Policies()
+    records = []
+    for index, parsed in enumerate(parse_entries(read_entries(path), root)):
+        if index in left_out:
+            continue
+        if (kind := policies.skips(parsed.faults)) is not None:
+            if skipped is not None:
+                skipped[kind] += 1
+            continue
+        if parsed.record is None:
+            fault = next(fault for fault in parsed.faults if not CLASSES[fault.kind].usable)
+            raise UserError(f"{path}: {name_of(parsed.id, index)}{fault.detail}")
+        records.append(parsed.record)
+    if not records:
+        raise UserError(f"{path}: data.skip leaves no record to train on")
+    return records
+
+
+def read_entries(path: Path) -> list[Any]:
+    """The entries of a ShareGPT4V file, unchecked.
+
+    Raises:
+        UserError: not a readable, non-empty JSON list.
+    """
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -64,17 +94,27 @@ def load_records(path: str | Path, image_root: str | Path | None = None) -> list
         raise UserError(f"{path} holds a JSON {type(entries).__name__}: a list of records is needed")
     if not entries:
         raise UserError(f"{path} holds no records: a non-empty list is needed")
-    return [_record(entry, index, root, path) for index, entry in enumerate(entries)]
+    return entries
+
+
+def name_of(record_id: str | None, index: int) -> str:
+    """What to call a record in a message."""
+    return f"record number {index}" if record_id is None else f"record {record_id}"
 
 
 def open_image(path: Path, record_id: str) -> Image.Image:
     """Opens and fully decodes a picture as RGB.
 
     Raises:
-        UserError: missing, unreadable or truncated; the message names the file and the record.
+        UserError: missing, unreadable, truncated or too large; the message names the file and the record.
     """
+    limit = Image.MAX_IMAGE_PIXELS
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for ever
+            raise OSError("it is not a file")
         with Image.open(path) as image:
+            if limit is not None and image.width * image.height > limit:  # Pillow itself stops at twice that
+                raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels, limit {limit}")
             return image.convert("RGB")
     except FileNotFoundError as error:
         raise UserError(
@@ -103,69 +143,3 @@ def read_image(path: Path, record_id: str) -> bytes:
 def text_length(record: Record) -> int:
     """Characters of a conversation: a cheap stand-in for its number of text tokens."""
     return sum(len(turn.text) for turn in record.turns)
-
-
-def check_marks(turns: tuple[Turn, ...], images: int) -> str | None:
-    """What is wrong between `<image>` marks and pictures, or None."""
-    marks = sum(turn.text.count(IMAGE_MARK) for turn in turns if turn.role == "user")
-    if marks == images:
-        return None
-    return f"{marks} {IMAGE_MARK} mark{'s' * (marks != 1)} in its human turns but {images} image{'s' * (images != 1)}"
-
-
-def _record(entry: Any, index: int, root: Path, path: Path) -> Record:
-    """One checked record of `path`, the `index`-th from 0."""
-    where = f"{path}: record number {index}"
-    if not isinstance(entry, dict):
-        raise UserError(f"{where} is a JSON {type(entry).__name__}: an object is needed")
-    record_id = entry.get("id")
-    if isinstance(record_id, bool) or not isinstance(record_id, str | int) or record_id == "":
-        raise UserError(f'{where} has no "id": give every record a text or a number')
-    where = f"{path}: record {record_id}"
-    if "conversations" not in entry:
-        raise UserError(f'{where} has no "conversations": a list of turns is needed')
-    turns = _turns(entry["conversations"], where)
-    images = tuple(root / name for name in _image_names(entry.get("image"), where))
-    if fault := check_marks(turns, len(images)):
-        raise UserError(f"{where} has {fault}: write one {IMAGE_MARK} for each image")
-    return Record(str(record_id), images, turns)
-
-
-def _image_names(value: Any, where: str) -> list[str]:
-    names = [] if value is None else [value] if isinstance(value, str) else value
-    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
-        raise UserError(f'{where} has an "image" that is neither a path nor a list of paths')
-    return names
-
-
-def _turns(conversation: Any, where: str) -> tuple[Turn, ...]:
-    """Checked turns: an optional system turn, then human and gpt in alternation, gpt last."""
-    if not isinstance(conversation, list) or not conversation:
-        raise UserError(
-            f'{where} has an empty or malformed "conversations": a non-empty list of turns is needed'
-        )
-    turns = tuple(_turn(entry, f"{where}, turn {index}") for index, entry in enumerate(conversation))
-    spoken = turns[1:] if turns[0].role == "system" else turns
-    for index, turn in enumerate(spoken):
-        expected = "assistant" if index % 2 else "user"
-        if turn.role != expected:
-            raise UserError(
-                f"{where} has a {turn.role} turn where a {expected} turn must stand: "
-                "after an optional system turn, human and gpt alternate"
-            )
-    if not spoken or spoken[-1].role != "assistant":
-        raise UserError(
-            f"{where} does not end with a gpt turn: there is nothing to learn from its last question"
-        )
-    return turns
-
-
-def _turn(entry: Any, where: str) -> Turn:
-    if not isinstance(entry, dict) or "from" not in entry or "value" not in entry:
-        raise UserError(f'{where} is not an object with "from" and "value"')
-    role = _ROLES.get(entry["from"]) if isinstance(entry["from"], str) else None
-    if role is None:
-        raise UserError(f"{where} is from {entry['from']!r}: only {', '.join(_ROLES)} are known")
-    if not isinstance(entry["value"], str) or not entry["value"].strip():
-        raise UserError(f"{where} has no text: drop the turn or the record")
-    return Turn(role, entry["value"])

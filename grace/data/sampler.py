@@ -6,6 +6,7 @@ positions [tB, (t+1)B) of the stream, whatever the number of ranks and micro-bat
 
 import functools
 import itertools
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -27,6 +28,19 @@ def epoch_order(n: int, epoch: int, seed: int) -> list[int]:
     if n < 1 or epoch < 0 or seed < 0:
         raise ValueError(f"need n >= 1, epoch >= 0 and seed >= 0, got n={n}, epoch={epoch}, seed={seed}")
     return _permutation(n, epoch, seed).tolist()
+
+
+def steps_of(epochs: float, n: int, batch_size: int) -> int:
+    """Optimizer steps that take `n` records `epochs` times; the last may go on into the next epoch."""
+    return max(1, math.ceil(epochs * n / batch_size))
+
+
+def visits(steps: int, batch_size: int, n: int, seed: int) -> np.ndarray:
+    """How often each of `n` records is taken in the first `steps` steps, int64 [n]."""
+    epochs, rest = divmod(steps * batch_size, n)
+    counts = np.full(n, epochs, dtype=np.int64)
+    counts[_permutation(n, epochs, seed)[:rest]] += 1
+    return counts
 
 
 def step_indices(step: int, batch_size: int, n: int, seed: int) -> list[int]:

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 from grace.checkpoint import QAT_FOLDER, QatState, QuantizedWeight, copy_verbatim_files
+from grace.data.audit_list import list_path, read_list
+from grace.data.faults import Policies
 from grace.data.records import Record, load_records
 from grace.errors import UserError
 from grace.export import awq, parity
@@ -127,7 +129,10 @@ def parity_records(
             raise UserError(f"{source.directory} does not name its data: pass --parity-data FILE.json")
         root = image_root or data.get("image_root")
         try:
-            given = load_records(Path(path), Path(root) if root else None)
+            policies = Policies(data.get("skip") or (), data.get("accept") or ())
+            audit = read_list(list_path(data["path"], data.get("audit"))) if policies.need_audit() else None
+            left_out = audit.left_out(path, root, None, policies) if audit else {}
+            given = load_records(Path(path), Path(root) if root else None, policies, left_out)
         except UserError as error:
             raise UserError(f"no parity samples ({error}): pass --parity-data FILE.json") from error
     if not given:
