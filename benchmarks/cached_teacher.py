@@ -111,6 +111,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--k", type=int, nargs="+", default=[16, 32, 64, 128, 256])
+    parser.add_argument("--train-k", type=int, nargs="+", help="those of --k that are trained; default: all")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--work", type=Path, default=Path("runs/cached_teacher"), help="default: %(default)s")
     parser.add_argument("--out", type=Path, help="also write the JSON here")
@@ -121,18 +122,19 @@ def main() -> None:
     recipe = recipe_for(args.work, "cache", None, f"teacher.cache_top_k={max(args.k)}")
     cache = fill_cache(recipe, args.work / "cache", make_accelerator(recipe))
     PartialState()
-    arms = {k: summary([trained(args.work, k, seed) for seed in range(args.seeds)]) for k in (None, *args.k)}
+    chosen = (None, *(args.train_k or args.k))
+    arms = {k: summary([trained(args.work, k, seed) for seed in range(args.seeds)]) for k in chosen}
     start = cosines(args.work, args.k, None)
     end = cosines(args.work, args.k, str(args.work / "runs/online_0/model"))
-    print(
-        "k       exact match (SE, spread)   CE      GDKD first/last   KD cosine start/end   total cosine start/end"
-    )
+    print("k        exact match (SE, spread)     CE      GDKD first / last")
     for k, row in arms.items():
-        grads = "" if k is None else (
-            f"{start[k]['kd']:.4f} / {end[k]['kd']:.4f}   {start[k]['total']:.4f} / {end[k]['total']:.4f}"
-        )  # fmt: skip
-        print(f"{k or 'online':<7} {row['exact_match']:.4f} ({row['exact_match_se']:.4f}, {row['exact_match_spread']:.4f})   "
-              f"{row['ce']:.4f}   {row['gdkd_first']:.2f} / {row['gdkd_last']:.2f}   {grads}")  # fmt: skip
+        print(f"{k or 'online':<8} {row['exact_match']:.4f} ({row['exact_match_se']:.4f}, {row['exact_match_spread']:.4f})   "
+              f"{row['ce']:.4f}   {row['gdkd_first']:.2f} / {row['gdkd_last']:.2f}")  # fmt: skip
+    print("k        cosine of the KD gradient, start / end   of the whole   size of the KD gradient")
+    for k in args.k:
+        one, two = start[k], end[k]
+        print(f"{k:<8} {one['kd']:.4f} / {two['kd']:.4f}   {one['total']:.4f} / {two['total']:.4f}   "
+              f"{one['kd_norm_ratio']:.3f} / {two['kd_norm_ratio']:.3f}")  # fmt: skip
     result = {
         "benchmark": "cached_teacher", **machine(), "recipe": RECIPE, "seeds": args.seeds, "vocabulary": 512,
         "cache_bytes": cache["bytes"], "cache_tokens": cache["tokens"],
