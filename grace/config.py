@@ -127,6 +127,7 @@ class Run:
     micro_batch_size: int = number("[1, inf)", default=1)
     micro_batch_tokens: int | None = number("[1, inf)", default=None)  # if set, tokens are counted instead
     keep_last: int = number("[1, inf)", default=2)
+    keep_best: int = number("[0, inf)", default=0)  # besides, the checkpoints of the lowest val/ce
     gradient_checkpointing: bool = False
     precision: Literal["fp32", "bf16"] = "bf16"
     kernels: Literal["auto", "torch", "triton"] = "auto"  # auto: Triton on CUDA, torch operations elsewhere
