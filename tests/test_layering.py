@@ -18,7 +18,7 @@ COMMANDS = {"cli", "demo", "__main__"}
 # Files split off a part of another name.
 BELONGS_TO = {
     "checkpoint_saver": "checkpoint",
-    "recipe_check": "config", "plan_memory": "plan", "plan_text": "plan", "run_save": "run", "run_data": "run",
+    "recipe_check": "config", "plan_memory": "plan", "plan_text": "plan", "run_save": "run", "run_data": "run", "preemption": "run",
     "step_inputs": "train", "cache_settings": "teacher_cache",
     "cli_args": "cli", "cli_data": "cli", "cli_audit": "cli",
 }  # fmt: skip
