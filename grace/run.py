@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
+from accelerate import Accelerator
 from accelerate.utils import get_int_from_env
 from torch import Tensor
 
@@ -25,8 +25,9 @@ from grace.files import locked, remove_leftovers
 from grace.models import qwen3vl
 from grace.models.placement import load_teacher, teacher_devices
 from grace.models.processor import load_processor
+from grace.parallel import Replicas, placed
 from grace.quant.fake_quant import Kernels, TorchKernels, use_kernels
-from grace.step import Objective, StudentWithLoss, row_kernel
+from grace.student import Objective, StudentWithLoss, row_kernel
 
 RECIPE_FILE = "recipe.yaml"
 
@@ -49,9 +50,8 @@ class Run:
     recipe: Recipe
     accelerator: Accelerator
     model: qwen3vl.Qwen3VLForConditionalGeneration
-    student: torch.nn.Module  # the model with its loss, wrapped for the processes in use
+    parallel: Replicas  # the model with its loss and optimizer, on the processes in use
     teacher: qwen3vl.Qwen3VLForConditionalGeneration | None
-    optimizer: torch.optim.AdamW
     controller: IBController
     objective: Objective
     total_steps: int
@@ -60,22 +60,6 @@ class Run:
     cache: TeacherCache | None = None  # in place of a teacher
     step: int = 0
     validation: dict[str, float] | None = None
-
-
-def make_accelerator(recipe: Recipe) -> Accelerator:
-    """The Accelerator for this launch; refuses modes that this version would get wrong."""
-    unused_ok = DistributedDataParallelKwargs(
-        find_unused_parameters=True
-    )  # text-only micro-batches skip the mergers
-    accelerator = Accelerator(
-        mixed_precision="bf16" if recipe.run.precision == "bf16" else "no", kwargs_handlers=[unused_ok]
-    )
-    supported = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
-    if accelerator.distributed_type not in supported:
-        raise UserError(
-            f"{accelerator.distributed_type} is not supported yet: launch with recipes/accelerate/single.yaml or ddp.yaml"
-        )
-    return accelerator
 
 
 def set_up(
@@ -114,22 +98,16 @@ def set_up(
         options.tau, options.eta, options.beta_init, options.beta_min, options.beta_max,
         ema_decay=options.ema_decay, tau_fraction=options.tau_fraction, tau_warmup_steps=options.tau_warmup_steps,
     )  # fmt: skip
-    optimizer = make_optimizer(model, recipe)
-    student = accelerator.prepare(StudentWithLoss(model, objective))
+    student = StudentWithLoss(model, objective, compute_dtype(recipe))
+    parallel = placed(accelerator, student, lambda m: make_optimizer(m, recipe), recipe.optim.max_grad_norm)
     return Run(
-        recipe,
-        accelerator,
-        model,
-        student,
-        teacher,
-        optimizer,
-        controller,
-        objective,
-        steps,
-        base_config,
-        kernels,
-        cache,
-    )
+        recipe, accelerator, model, parallel, teacher, controller, objective, steps, base_config, kernels, cache
+    )  # fmt: skip
+
+
+def compute_dtype(recipe: Recipe) -> torch.dtype:
+    """What products are computed in; parameters are float32."""
+    return torch.bfloat16 if recipe.run.precision == "bf16" else torch.float32
 
 
 def placed_teacher(

@@ -29,10 +29,12 @@ from grace.evaluation.exact_match import evaluate
 from grace.evaluation.samples import sample_table
 from grace.models import qwen3vl
 from grace.models.processor import load_processor
-from grace.run import Run, claimed, make_accelerator, set_up, total_steps
+from grace.parallel import make_accelerator
+from grace.run import Run, claimed, compute_dtype, set_up, total_steps
 from grace.run_save import resume, save_final_model, save_resume_state
-from grace.step import NonFiniteLoss, Signals, Weights, forward_backward, reduce_sum, run_teacher
+from grace.step import NonFiniteLoss, forward_backward, reduce_sum, run_teacher
 from grace.step_inputs import StepBatches, StepInputs
+from grace.student import Signals, Weights, autocast
 from grace.tracking import Tracker
 
 
@@ -72,7 +74,7 @@ def train(recipe: Recipe) -> Path:
         NonFiniteLoss: training diverged; nothing was stepped or saved after the last good step.
     """
     run_dir = Path(recipe.run.output_dir)
-    accelerator = make_accelerator(recipe)
+    accelerator = make_accelerator()
     with claimed(run_dir, recipe, accelerator.is_main_process):
         if (run_dir / "model").is_dir():
             accelerator.print(f"{run_dir} is finished: its model is {run_dir / 'model'}", file=sys.stderr)
@@ -96,8 +98,7 @@ def train(recipe: Recipe) -> Path:
             loop(run, tracker, records, validation, processor)
         finally:
             tracker.finish()
-        if accelerator.is_main_process:
-            save_final_model(run, run_dir)
+        save_final_model(run, run_dir)
         accelerator.wait_for_everyone()
     return run_dir / "model"
 
@@ -128,8 +129,7 @@ def loop(
         if validation and (finished or (settings.eval_every and run.step % settings.eval_every == 0)):
             validate(run, tracker, validation, processor)
         if finished or run.step % settings.save_every == 0:
-            if run.accelerator.is_main_process:
-                save_resume_state(run, tracker, Path(settings.output_dir))
+            save_resume_state(run, tracker, Path(settings.output_dir))
             run.accelerator.wait_for_everyone()
 
 
@@ -139,19 +139,14 @@ def one_step(run: Run, inputs: StepInputs, step: int) -> tuple[dict[str, float],
     omega = options.rcka_weight * min(1.0, (step + 1) / max(1, options.rcka_warmup_steps))
     weights = Weights(beta=run.controller.beta if options.loss != "none" else 0.0, omega=omega)
     factor = learning_rate_factor(step, run.total_steps, optim.warmup_ratio, optim.schedule)
-    for group in run.optimizer.param_groups:
+    for group in run.parallel.optimizer.param_groups:
         group["lr"] = group["base_lr"] * factor
-    run.optimizer.zero_grad(set_to_none=True)
     signals, head_VE = teacher_side(run, inputs)
-    result = forward_backward(
-        run.accelerator, run.student, inputs.student, signals, weights, options.loss, head_VE
-    )
-    trainable = [p for group in run.optimizer.param_groups for p in group["params"]]
-    norm = float(run.accelerator.clip_grad_norm_(trainable, optim.max_grad_norm))  # type: ignore[arg-type]
+    result = forward_backward(run.parallel, inputs.student, signals, weights, options.loss, head_VE)
+    norm = run.parallel.update()
     if not math.isfinite(norm):
         names = [record_id for batch in inputs.student if batch is not None for record_id in batch.record_ids]
         raise NonFiniteLoss(f"the gradient is not finite at step {step + 1}; records of this step: {names}")
-    run.optimizer.step()
     values = {
         "loss/total": result.total,
         "loss/ce": result.ce,
@@ -184,14 +179,15 @@ def validate(run: Run, tracker: Tracker, records: Sequence[Record], processor: A
     """Cross-entropy and exact match on the validation records, shared out over the ranks."""
     accelerator, settings = run.accelerator, run.recipe.run
     mine = records[accelerator.process_index :: accelerator.num_processes]
-    training = run.model.training
-    run.model.eval()
-    with accelerator.autocast():
-        scores = evaluate(run.model, validation_batches(mine, processor, run.recipe), accelerator.device)
+    model = run.parallel.for_evaluation()
+    training = model.training
+    model.eval()
+    with autocast(accelerator.device, compute_dtype(run.recipe)):
+        scores = evaluate(model, validation_batches(mine, processor, run.recipe), accelerator.device)
         if accelerator.is_main_process:
             samples = records[: settings.eval_samples] if tracker.run is not None else []
-            tracker.log_samples(run.step, sample_table(run.model, processor, samples))
-    run.model.train(training)
+            tracker.log_samples(run.step, sample_table(model, processor, samples))
+    model.train(training)
     sums = [
         float(len(scores)),
         float(sum(s.exact for s in scores)),

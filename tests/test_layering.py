@@ -12,13 +12,14 @@ PACKAGE = ROOT / "grace"
 
 FLOOR = {"errors", "files"}
 LEAVES = {"config", "data", "models", "quant", "distill", "kernels", "checkpoint", "tracking"}
-TRAINING = {"train", "run", "step", "plan", "teacher_cache"}
+TRAINING = {"train", "run", "step", "parallel", "plan", "teacher_cache"}
 ASSEMBLERS = TRAINING | {"export", "runtime", "evaluation"}
 COMMANDS = {"cli", "demo", "__main__"}
 # Files split off a part of another name.
 BELONGS_TO = {
     "recipe_check": "config", "plan_memory": "plan", "plan_text": "plan", "run_save": "run", "step_inputs": "train",
-    "cache_settings": "teacher_cache",
+    "cache_settings": "teacher_cache", "parallel_fsdp": "parallel", "parallel_zero": "parallel",
+    "student": "step",
 }  # fmt: skip
 # Leaves that may import another: models wrap linears with quant's module class.
 BETWEEN_LEAVES = {("models", "quant")}

@@ -28,8 +28,10 @@ from grace.distill.teacher import supervised
 from grace.models import qwen3vl
 from grace.models.placement import spread, weight_bytes
 from grace.models.processor import load_processor
-from grace.run import Run, make_accelerator, set_up
-from grace.step import NonFiniteLoss, Weights, forward_backward, run_teacher
+from grace.parallel import make_accelerator
+from grace.run import Run, set_up
+from grace.step import NonFiniteLoss, forward_backward, run_teacher
+from grace.student import Weights
 
 WEIGHTS = Weights(beta=0.7, omega=3.0)
 
@@ -69,7 +71,7 @@ def prepare(models: Path, world: Path, out: Path, *extra: str) -> tuple[Run, obj
         ],
     )
     processor = load_processor(recipe.student.path)
-    run = set_up(recipe, make_accelerator(recipe), processor.tokenizer, 1)
+    run = set_up(recipe, make_accelerator(), processor.tokenizer, 1)
     torch.manual_seed(3)
     with torch.no_grad():
         for layer in qwen3vl.quantized_linears(run.model).values():
@@ -92,11 +94,11 @@ def step(
     teacher_batches: Sequence[Batch | None] | None = None,
 ) -> dict[str, Tensor]:
     """Losses, counts and all gradients of one step, as one dictionary of tensors."""
-    run.optimizer.zero_grad(set_to_none=True)
+    run.parallel.optimizer.zero_grad(set_to_none=True)
     assert run.teacher is not None
     signals = run_teacher(run.teacher, batches, run.objective.vocabulary, teacher_batches)
     head_VE = qwen3vl.head_weight(run.teacher)
-    result = forward_backward(run.accelerator, run.student, batches, signals, weights, "gdkd", head_VE)
+    result = forward_backward(run.parallel, batches, signals, weights, "gdkd", head_VE)
     losses = ("total", "ce", "kd", "rcka", "degenerate_images")
     values = {f"loss.{name}": torch.tensor(getattr(result, name), dtype=torch.float64) for name in losses}
     values |= {
