@@ -177,7 +177,11 @@ def make_accelerator() -> Accelerator:
         raise UserError(
             f"{accelerator.distributed_type} is not supported: launch with a file of recipes/accelerate/"
         )
-    if asked_for("DEEPSPEED") and accelerator.distributed_type != DistributedType.DEEPSPEED:
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        from grace.parallel_zero import load_whole
+
+        load_whole()
+    elif asked_for("DEEPSPEED"):
         raise UserError(
             "DeepSpeed does not start with ACCELERATE_USE_CPU set: unset it (without a GPU the CPU is used)"
         )

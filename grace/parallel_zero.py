@@ -28,13 +28,17 @@ def quieten() -> None:
     cast(Any, deepspeed.ops).__compatible_ops__["deepspeed_shm_comm"] = False
 
 
+def load_whole() -> None:
+    """From now on models are loaded whole, under ZeRO-3 too: the student is cut up when its scales are fitted."""
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()
+
+
 class Zero(Replicas):
     """DeepSpeed ZeRO-2 or ZeRO-3, with or without parts kept on the CPU."""
 
     def place(self, student: nn.Module, make_optimizer: MakeOptimizer) -> None:
-        from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-
-        unset_hf_deepspeed_config()
         config = cast(Any, self.accelerator.state.deepspeed_plugin).deepspeed_config
         self.stage = check_config(config)
         config |= {
@@ -46,6 +50,13 @@ class Zero(Replicas):
         self.engine, _ = self.accelerator.prepare(student, make_optimizer(self.model))
         self.student, self.zero = self.engine, self.engine.optimizer
         self.optimizer = self.zero.optimizer
+        # AdamW's state as its first step would make it. DeepSpeed looks for the state of all parameter groups
+        # when the first group has taken its first step, and finds none for the others.
+        for flat in self.flat_parts():
+            state = {key: torch.zeros_like(flat, requires_grad=False) for key in MOMENTS}
+            self.optimizer.state[flat] = {"step": torch.zeros((), device=flat.device), **state}
+        if self.stage != 3:
+            self.zero._lazy_init_hp_params_optimizer_state()  # views of the state by parameter
 
     # -------------------------------------------------------------- a step
 
@@ -65,7 +76,7 @@ class Zero(Replicas):
     # -------------------------------------------------------------- whole tensors
 
     def whole(self, tensor: Tensor) -> Tensor:
-        from deepspeed.zero import GatheredParameters
+        from deepspeed.runtime.zero import GatheredParameters
 
         with GatheredParameters([tensor], enabled=self.stage == 3):
             return tensor.detach().clone()
@@ -75,7 +86,7 @@ class Zero(Replicas):
 
         step = next(iter(self.optimizer.state.values()))["step"]
         for name, parameter in self.trainable().items():
-            yield f"{name}.step", step
+            yield f"{name}.step", step.clone()
             for key in MOMENTS:
                 yield f"{name}.{key}", safe_get_full_optimizer_state(parameter, key)
 
@@ -90,15 +101,12 @@ class Zero(Replicas):
 
     @torch.no_grad()
     def load(self, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor]) -> None:
-        from deepspeed.zero import GatheredParameters
+        from deepspeed.runtime.zero import GatheredParameters
 
         names = self.trainable()
         step = moments[f"{next(iter(names))}.step"]
         for flat in self.flat_parts():
-            empty = {key: torch.zeros_like(flat) for key in MOMENTS}
-            self.optimizer.state[flat] = {"step": step.to(flat.device), **empty}
-        if self.stage != 3:
-            self.zero._lazy_init_hp_params_optimizer_state()  # views of the state by parameter
+            self.optimizer.state[flat]["step"].copy_(step)
         for name, parameter in names.items():
             with GatheredParameters([parameter], modifier_rank=0, enabled=self.stage == 3):
                 parameter.copy_(weights[name])
