@@ -5,7 +5,6 @@ Run as a script under `torch.distributed.run`, this file is one rank of the same
 
 import dataclasses
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ import torch
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from two_ranks import launch_two
 
 from grace.config import load_recipe
 from grace.data.batch import Batch, collate
@@ -245,22 +245,6 @@ def test_non_finite_loss_names_the_records_of_its_micro_batch(single, tiny_world
 
 
 # ---------------------------------------------------------------- two ranks
-
-
-def launch_two(script: Sequence[str], log: Path, timeout: float = 200) -> None:
-    """Runs a script on two CPU ranks to its end; on failure shows what they said."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local_addr", "127.0.0.1"]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    with log.open("w") as file:
-        process = subprocess.Popen(
-            [*launcher, "--nproc_per_node", "2", *script], env=environment, stdout=file, stderr=file
-        )
-    try:
-        code = process.wait(timeout)
-    except subprocess.TimeoutExpired:
-        process.terminate()  # which the launcher passes on to its ranks
-        code = process.wait(60)
-    assert code == 0, log.read_text()[-5000:]
 
 
 @pytest.fixture(scope="module")
