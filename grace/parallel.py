@@ -168,7 +168,10 @@ def make_accelerator() -> Accelerator:
         PartialState(cpu=True)  # otherwise every process without a GPU would think itself alone
     # Or only the first process would load the student, the others wait for weights we do not send.
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
-    accelerator = Accelerator(mixed_precision="no")
+    try:
+        accelerator = Accelerator(mixed_precision="no")
+    except ValueError as error:
+        raise UserError(f"the launcher's settings do not go together: {error}".splitlines()[0]) from error
     supported = (
         DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU, DistributedType.FSDP,
         DistributedType.DEEPSPEED,

@@ -35,7 +35,7 @@ class FullySharded(Replicas):
         for unit in units(self.model):
             fully_shard(unit, mesh=mesh, reshard_after_forward=bool(plugin.reshard_after_forward))
         # The rest: embedding, tied to the output layer, and mergers. Whole from here to the end of backward.
-        self.student = fully_shard(student, mesh=mesh)
+        self.student = cast(nn.Module, fully_shard(student, mesh=mesh))
         self.optimizer = make_optimizer(self.model)
 
     def micro_batch(self, last: bool) -> contextlib.AbstractContextManager[Any]:

@@ -6,6 +6,8 @@ It also clips: by the same norm and with the same formula as torch.
 
 import contextlib
 import logging
+import os
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
@@ -19,7 +21,10 @@ from grace.parallel import MOMENTS, MakeOptimizer, Replicas
 
 
 def quieten() -> None:
-    """Before DeepSpeed starts: no progress report of each of its parts, and nothing compiled on the way."""
+    """Before DeepSpeed starts: no report of each of its parts, and nothing compiled on the way."""
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # it would warn that it finds nothing else
+    warnings.filterwarnings("ignore", ".*_tensor` is deprecated", FutureWarning)  # its calls of torch
     import deepspeed.ops
     from deepspeed.utils import logger
 

@@ -4,7 +4,7 @@ import contextlib
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import psutil
@@ -12,13 +12,19 @@ import psutil
 LAUNCHER = ["torch.distributed.run", "--standalone", "--local_addr", "127.0.0.1", "--nproc_per_node", "2"]
 
 
-def start(arguments: Sequence[str], log: Path, launcher: Sequence[str] = LAUNCHER) -> subprocess.Popen:
+def start(
+    arguments: Sequence[str],
+    log: Path,
+    launcher: Sequence[str] = LAUNCHER,
+    environment: Mapping[str, str] | None = None,
+) -> subprocess.Popen:
     """Starts a script or `-m MODULE`, its arguments behind it, on two ranks.
 
     Args:
         launcher: module that starts processes, with its own arguments.
+        environment: variables to set.
     """
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})}
     with log.open("w") as file:
         command = [sys.executable, "-m", *launcher, *arguments]
         return subprocess.Popen(command, env=environment, stdout=file, stderr=file)
