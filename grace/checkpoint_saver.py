@@ -5,6 +5,7 @@ One is written at a time: a save that comes before the last one is done waits fo
 checkpoint before, as without the thread (`grace.checkpoint.save_checkpoint`).
 """
 
+import copy
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -40,7 +41,7 @@ class CheckpointSaver:
         self.wait()
         copies = {stem: {name: t.detach().to("cpu", copy=True) for name, t in group.items()} for stem, group in tensors.items()}  # fmt: skip
         self._thread = threading.Thread(
-            target=self._write, args=(step, copies, dict(state), score), name="checkpoint"
+            target=self._write, args=(step, copies, copy.deepcopy(dict(state)), score), name="checkpoint"
         )
         self._thread.start()
 

@@ -83,6 +83,10 @@ def _add_train(commands: "argparse._SubParsersAction[Parser]") -> None:
     parser.add_argument(
         "--dry-run", action="store_true", help="print the plan and stop; needs no weights or data"
     )
+    parser.add_argument(
+        "--allow-changed", action="append", default=[], metavar="section.key",
+        help="go on with an interrupted run although this field has changed",
+    )  # fmt: skip
 
 
 def _add_teacher_cache(commands: "argparse._SubParsersAction[Parser]") -> None:
@@ -160,7 +164,8 @@ def _demo(args: argparse.Namespace) -> int:
 def _train(args: argparse.Namespace) -> int:
     from grace.train import main as train
 
-    return train([args.recipe, *args.overrides, *(["--dry-run"] if args.dry_run else [])])
+    options = [option for name in args.allow_changed for option in ("--allow-changed", name)]
+    return train([args.recipe, *args.overrides, *(["--dry-run"] if args.dry_run else []), *options])
 
 
 def _teacher_cache(args: argparse.Namespace) -> int:

@@ -3,10 +3,9 @@
 Losses are sums divided by counts of the *whole* step (every micro-batch, every rank), so the
 numbers do not depend on how a batch is cut. Equations: DESIGN section 4, arXiv:2601.22709.
 
-Shape suffixes: T supervised tokens, V vocabulary.
+Shape suffixes: T supervised tokens, E teacher width, V vocabulary.
 """
 
-import contextlib
 import itertools
 import math
 from collections.abc import Sequence
@@ -14,50 +13,17 @@ from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 
 from grace.data.batch import Batch
-from grace.distill.cached import CachedSignals
-from grace.distill.fused import RowKernel
-from grace.distill.objective import micro_batch_loss
-from grace.distill.rows import RowLosses, RowSettings, TopKRows, loss_rows
 from grace.distill.teacher import IGNORE_INDEX, TeacherSignals, supervised, teacher_signals
 from grace.models import qwen3vl
-
-Signals = TeacherSignals | CachedSignals
+from grace.parallel import Replicas
+from grace.student import Signals, StepCounts, Weights
 
 
 class NonFiniteLoss(RuntimeError):
     """A loss or gradient is NaN or infinite; raised before the optimizer step."""
-
-
-@dataclass(frozen=True)
-class Objective:
-    """The constants of the loss."""
-
-    kind: str  # none | kl | gdkd
-    temperature: float
-    tckd_weight: float
-    nckd_weight: float
-    vocabulary: int  # shared by teacher and student
-    row_kernel: RowKernel = loss_rows
-
-
-@dataclass(frozen=True)
-class Weights:
-    """The multipliers that change from step to step."""
-
-    beta: float
-    omega: float
-
-
-@dataclass(frozen=True)
-class StepCounts:
-    """Normalisers of one optimizer step, over all micro-batches and ranks."""
-
-    tokens: float
-    gate_sum: float
-    images: float
 
 
 @dataclass(frozen=True)
@@ -70,81 +36,6 @@ class StepResult:
     rcka: float
     degenerate_images: float
     counts: StepCounts
-
-
-def row_kernel(kernels: str) -> RowKernel:
-    """What takes a chunk's losses and gradient: "torch" operations, or the "triton" kernel."""
-    if kernels == "torch":
-        return loss_rows
-    from grace.kernels import gdkd_top_k_triton, gdkd_triton
-
-    def rows(
-        student_CV: Tensor,
-        teacher: Tensor | TopKRows | None,
-        targets_C: Tensor,
-        gate_C: Tensor | None,
-        settings: RowSettings,
-        with_gradient: bool,
-    ) -> RowLosses:
-        options = {**vars(settings), "with_gradient": with_gradient}
-        if isinstance(teacher, TopKRows):
-            assert gate_C is not None  # a cache holds the gates too
-            losses = gdkd_top_k_triton.loss_rows(student_CV, *teacher, targets_C, gate_C, **options)
-            return RowLosses(*losses, gate_C)
-        return RowLosses(*gdkd_triton.loss_rows(student_CV, teacher, targets_C, gate_C, **options))
-
-    return rows
-
-
-class StudentWithLoss(nn.Module):
-    """The student and its loss in one forward, so that wrappers (DDP and others) see both."""
-
-    def __init__(self, model: qwen3vl.Qwen3VLForConditionalGeneration, objective: Objective):
-        super().__init__()
-        self.model = model
-        self.objective = objective
-
-    def forward(
-        self,
-        batch: Batch | None,
-        signals: Signals | None,
-        head_VE: Tensor | None,
-        counts: StepCounts,
-        weights: Weights,
-    ) -> tuple[Tensor, Tensor]:
-        """Returns the micro-batch's share of the step's loss, and detached sums [ce, kd, rcka, degenerate]."""
-        if batch is None:  # this rank has fewer micro-batches: keep the collectives in step
-            nothing = sum(p.sum() * 0.0 for p in self.model.parameters() if p.requires_grad)
-            assert isinstance(nothing, Tensor)
-            return nothing, torch.zeros(4, dtype=torch.float64, device=nothing.device)
-        hidden = qwen3vl.hidden_states(self.model, batch)
-        hidden_TD, targets_T = supervised(hidden.final_BLD, batch.labels_BL)
-        student_visual: tuple[Tensor, ...] = ()
-        if signals is not None and weights.omega > 0:
-            student_visual = qwen3vl.visual_tokens(self.model, hidden.last_layer_input_BLD, batch)
-        teacher = {} if signals is None else signals.loss_inputs(head_VE, with_images=bool(student_visual))
-        total, parts = qwen3vl.loss_through_head(
-            self.model,
-            micro_batch_loss,
-            hidden_TD,
-            targets_T,
-            token_count=counts.tokens,
-            gate_sum=counts.gate_sum,
-            beta=weights.beta,
-            kind=self.objective.kind if signals is not None else "none",
-            temperature=self.objective.temperature,
-            tckd_weight=self.objective.tckd_weight,
-            nckd_weight=self.objective.nckd_weight,
-            student_visual=student_visual,
-            image_count=counts.images,
-            omega=weights.omega,
-            row_kernel=self.objective.row_kernel,
-            **teacher,
-        )
-        sums = torch.stack(
-            [t.double() for t in (parts.ce_sum, parts.kd_sum, parts.rcka_sum, parts.degenerate)]
-        )
-        return total, sums
 
 
 @torch.inference_mode()
@@ -199,18 +90,21 @@ def run_teacher(
 
 def count_step(
     accelerator: Accelerator, batches: Sequence[Batch | None], signals: Sequence[Signals | None]
-) -> StepCounts:
-    """Sums tokens, gates and usable images over the step; one unconditional collective."""
-    sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
+) -> tuple[StepCounts, int]:
+    """Sums tokens, gates and usable images over the step, and the most micro-batches of a rank; one collective."""
+    mine = torch.zeros(4, dtype=torch.float64, device=accelerator.device)
+    mine[3] = len(batches)
     for batch in batches:
         if batch is not None:
-            sums[0] += supervised_tokens(batch)
+            mine[0] += supervised_tokens(batch)
     for signal in signals:
         if signal is not None:
-            sums[1] += signal.gate_T.double().sum()
-            sums[2] += signal.image_count
-    tokens, gate_sum, images = reduce_sum(accelerator, sums).tolist()
-    return StepCounts(max(tokens, 1.0), max(gate_sum, 1e-12), max(images, 1.0))
+            mine[1] += signal.gate_T.double().sum()
+            mine[2] += signal.image_count
+    ranks = torch.atleast_2d(accelerator.gather(mine.unsqueeze(0)))  # type: ignore[arg-type]
+    tokens, gate_sum, images, _ = ranks.sum(0).tolist()
+    counts = StepCounts(max(tokens, 1.0), max(gate_sum, 1e-12), max(images, 1.0))
+    return counts, int(ranks[:, 3].max())
 
 
 def supervised_tokens(batch: Batch) -> Tensor:
@@ -234,15 +128,14 @@ def reduce_sum(accelerator: Accelerator, values: Tensor) -> Tensor:
 
 
 def forward_backward(
-    accelerator: Accelerator,
-    student: nn.Module,
+    parallel: Replicas,
     batches: Sequence[Batch | None],
     signals: Sequence[Signals | None],
     weights: Weights,
     kind: str,
     head_VE: Tensor | None = None,
 ) -> StepResult:
-    """Accumulates the step's gradients into the student; the caller moves the optimizer.
+    """Accumulates the step's gradients; the caller then lets `parallel` update.
 
     Args:
         batches: this rank's micro-batches.
@@ -252,19 +145,21 @@ def forward_backward(
     Raises:
         NonFiniteLoss: names the records of the micro-batches concerned.
     """
-    counts = count_step(accelerator, batches, signals)
+    accelerator = parallel.accelerator
+    counts, most = count_step(accelerator, batches, signals)
     if not math.isfinite(counts.gate_sum):
         raise NonFiniteLoss(
             f"the teacher's output is not finite; records concerned: {non_finite(batches, signals)}"
         )
+    # Packed rows may be more on another rank, and collectives must stay in step.
+    short = [None] * (most - len(batches))
+    batches, signals = [*batches, *short], [*signals, *short]
     sums = torch.zeros(4, dtype=torch.float64, device=accelerator.device)
     suspects: list[str] = []
     for index, (batch, signal) in enumerate(zip(batches, signals, strict=True)):
-        last = index == len(batches) - 1
-        with contextlib.nullcontext() if last else accelerator.no_sync(student):
-            total, part_sums = student(batch, signal, head_VE, counts, weights)
-            # Data-parallel wrappers average gradients over ranks; our normalisers are global already.
-            accelerator.backward(total * accelerator.num_processes)
+        with parallel.micro_batch(last=index == len(batches) - 1):
+            total, part_sums = parallel.student(batch, signal, head_VE, counts, weights)
+            parallel.backward(total)
         if batch is not None and not bool(torch.isfinite(part_sums).all()):
             suspects.extend(batch.record_ids)
         sums += part_sums
