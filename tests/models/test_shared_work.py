@@ -67,7 +67,7 @@ def test_whole_copy_computes_what_the_quantized_model_does(student, tiny_student
     batch = batch_of(tiny_student_dir, tiny_world_dir, with_pictures=True)
     quantized = qwen3vl.quantize_decoder(student, 4, 128)
     for layer in quantized.values():
-        layer.theta += 0.2
+        layer.theta.add_(0.2)
     weights = {name: p.detach().clone() for name, p in student.named_parameters()}
     expected = qwen3vl.hidden_states(student, batch).final_BLD
     copy = whole_copy(student, weights)
