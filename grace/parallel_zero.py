@@ -93,7 +93,7 @@ class Zero(Replicas):
         for name, parameter in self.trainable().items():
             yield f"{name}.step", step.clone()
             for key in MOMENTS:
-                yield f"{name}.{key}", safe_get_full_optimizer_state(parameter, key)
+                yield f"{name}.{key}", cast(Tensor, safe_get_full_optimizer_state(parameter, key))
 
     def flat_parts(self) -> list[Tensor]:
         """This process's float32 parameters, end to end: what the optimizer moves."""

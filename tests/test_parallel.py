@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 from test_step import STEPS, batches_of, broken, records_of
@@ -22,10 +23,13 @@ from two_ranks import end, kill, start
 
 from grace.checkpoint import checkpoint_paths
 from grace.config import load_recipe
+from grace.errors import UserError
 from grace.export.pack import export_run
 from grace.models import qwen3vl
 from grace.models.processor import load_processor
 from grace.parallel import make_accelerator
+from grace.parallel_fsdp import FullySharded
+from grace.parallel_zero import check_config
 from grace.run import set_up
 from grace.step import NonFiniteLoss, forward_backward, run_teacher
 from grace.student import Weights
@@ -209,6 +213,46 @@ def curve(run_dir: Path) -> Tensor:
 
 
 # ---------------------------------------------------------------- tests
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"zero_optimization": {"stage": 1}}, "stage 1 is not supported"),
+        ({"zero_optimization": {}}, "stage None is not supported"),
+        ({"bf16": {"enabled": True}}, "run.precision"),
+        ({"fp16": {"enabled": True}}, "run.precision"),
+        ({"optimizer": {"type": "Adam"}}, "the recipe's"),
+    ],
+)
+def test_deepspeed_settings_that_would_train_something_else_are_refused(change: dict, told: str) -> None:
+    good = {"zero_optimization": {"stage": 2}, "bf16": {"enabled": "auto"}}
+    assert check_config(good) == 2
+    with pytest.raises(UserError, match=told):
+        check_config(good | change)
+
+
+@pytest.mark.parametrize(
+    ("variables", "told"),
+    [
+        ({"FSDP_VERSION": "1"}, "fsdp_version: 2"),
+        ({"FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"}, "zero3_offload.yaml"),
+    ],
+)
+def test_fsdp_settings_that_are_not_there_are_refused(monkeypatch, variables: dict, told: str) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    student = torch.nn.ModuleDict({"model": torch.nn.Linear(1, 1)})
+    student.model = student["model"]
+    with pytest.raises(UserError, match=told):
+        FullySharded(Accelerator(), student, lambda _: None, 1.0)  # type: ignore[arg-type, return-value]
+
+
+def test_missing_deepspeed_is_one_line(monkeypatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.raises(UserError, match=r"pip install 'grace\[deepspeed\]'"):
+        make_accelerator()
 
 
 @pytest.mark.slow

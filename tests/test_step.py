@@ -76,7 +76,7 @@ def prepare(models: Path, world: Path, out: Path, *extra: str) -> tuple[Run, obj
     torch.manual_seed(3)
     with torch.no_grad():
         for layer in qwen3vl.quantized_linears(run.model).values():
-            layer.theta += 0.2 * torch.randn_like(layer.theta)
+            layer.theta.add_(0.2 * torch.randn_like(layer.theta))
     return run, processor
 
 

@@ -39,7 +39,7 @@ def nothing_seen(model: qwen3vl.Qwen3VLForConditionalGeneration) -> Tensor:
     config = vision.config
     merge = config.spatial_merge_size
     width = config.in_channels * config.temporal_patch_size * config.patch_size**2
-    device = model.get_input_embeddings().weight.device
+    device = qwen3vl.input_device(model)
     empty_PD = torch.zeros(merge**2, width, dtype=vision.dtype, device=device)
     seen = vision(empty_PD, grid_thw=torch.tensor([[1, merge, merge]], device=device), return_dict=True)
     total = seen.pooler_output.sum() * 0.0
