@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import two_ranks
 from safetensors.torch import load_file
 
 from grace.checkpoint import checkpoint_paths
@@ -116,6 +117,43 @@ def test_twenty_kills_change_nothing(tmp_path: Path, overrides, start) -> None:
     last.join(300)
     assert last.exitcode == 0, log.read_text()[-2000:]
     same_end(tmp_path / "straight", killed)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_two_processes_then_one_then_two(tmp_path: Path, overrides, start) -> None:
+    """Killed and gone on with on another number of processes: the curve of the run that never stopped."""
+    extra = [
+        "run.max_steps=12",
+        "optim.batch_size=7",
+        "run.micro_batch_size=2",
+        "run.keep_last=9",
+        "optim.lr=3e-5",
+    ]
+    train(load_recipe(RECIPE, overrides(tmp_path / "straight", *extra)))
+    run_dir, log = tmp_path / "run", tmp_path / "log"
+
+    def saved(steps: int) -> Callable[[], bool]:
+        return lambda: len(checkpoint_paths(run_dir)) >= steps // 2
+
+    command = ["-m", "grace.train", RECIPE, *overrides(run_dir, *extra)]
+    pair = two_ranks.start(command, log, environment={"ACCELERATE_USE_CPU": "true"})
+    while not saved(4)() and pair.poll() is None:
+        time.sleep(0.01)
+    two_ranks.kill(pair)
+    assert saved(4)() and not (run_dir / "model").exists(), log.read_text()[-2000:]
+    alone = start(overrides(run_dir, *extra), log)
+    wait_for(saved(8), alone, 120)
+    alone.kill()
+    alone.join()
+    assert not (run_dir / "model").exists()
+    two_ranks.end(two_ranks.start(command, log, environment={"ACCELERATE_USE_CPU": "true"}), log, 200)
+    for name in ("loss/total", "loss/gdkd", "loss/rcka", "optim/grad_norm", "ib/beta"):
+        curves = [
+            [json.loads(line)[name] for line in (path / "metrics.jsonl").read_text().splitlines()]
+            for path in (tmp_path / "straight", run_dir)
+        ]
+        assert len(curves[0]) == 12 and curves[1] == pytest.approx(curves[0], rel=1e-5), name
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
