@@ -5,6 +5,7 @@ Run as a script on two ranks, this file first makes steps on awkward batches, th
 
 import json
 import os
+import shutil
 import sys
 import time
 from dataclasses import asdict
@@ -283,6 +284,23 @@ def test_killed_and_resumed_it_is_the_run_of_one_process(single: Path, killed: P
     )
     ends = [metrics(out / "run")[-1] for out in (single, killed)]
     assert "val/ce" in ends[0] and ends[1] == pytest.approx(ends[0], rel=tolerance)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", ["zero3"], indirect=True)
+def test_one_process_goes_on_where_two_stopped(
+    single, killed, models, tiny_world_dir, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(killed / "run", run_dir)
+    shutil.rmtree(run_dir / "model")
+    for path in checkpoint_paths(run_dir)[1:]:
+        shutil.rmtree(path)
+    recipe = (run_dir / "recipe.yaml").read_text()
+    (run_dir / "recipe.yaml").write_text(recipe.replace(str(killed / "run"), str(run_dir)))
+    train(load_recipe(RECIPE, overrides(models, tiny_world_dir, run_dir)))
+    tolerance = 1e-5 if edge_flips(single / "run" / "model", run_dir / "model") == 0 else 1e-3
+    assert torch.allclose(curve(run_dir), curve(single / "run"), rtol=tolerance, atol=0.0)
 
 
 def edge_flips(one: Path, two: Path) -> int:
