@@ -88,7 +88,7 @@ def write_checkpoint(folder: Path, latents: bool) -> None:
 
 def pack(source: Path, out: Path) -> dict[str, float]:
     """Packs `source` into the new directory `out`: seconds by phase and the peak resident memory."""
-    from grace.export.pack import write_awq
+    from grace.export import awq
     from grace.export.source import open_source
     from grace.files import new_directory
 
@@ -96,7 +96,7 @@ def pack(source: Path, out: Path) -> dict[str, float]:
     opened = open_source(source)
     opened_at = time.perf_counter()
     with new_directory(out) as scratch:
-        write_awq(opened, scratch)
+        awq.write(opened, scratch)
         written_at = time.perf_counter()
     end = time.perf_counter()
     return {

@@ -5,6 +5,7 @@ grace demo | data small-world | train | teacher-cache | export | generate | insp
 
 import argparse
 import math
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -126,7 +127,9 @@ def _add_teacher_cache(commands: "argparse._SubParsersAction[Parser]") -> None:
 
 
 def _add_export(commands: "argparse._SubParsersAction[Parser]") -> None:
-    parser = _add(commands, "export", "Publish a trained model, codes and scales untouched.", _export)
+    parser = _add(
+        commands, "export", "Publish a trained model, codes and scales untouched.", _export, "export"
+    )
     parser.add_argument("run", metavar="RUN", type=Path, help="a finished run directory, or its model/")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the new directory")
     parser.add_argument(
@@ -134,6 +137,12 @@ def _add_export(commands: "argparse._SubParsersAction[Parser]") -> None:
     )
     parser.add_argument(
         "--parity-data", type=Path, metavar="FILE", help="records to compare on; default: those of the run"
+    )
+    parser.add_argument(
+        "--max-shard-size",
+        type=byte_size,
+        metavar="SIZE",
+        help="cut the weights, e.g. 2GB; default: one file",
     )
     _add_json(parser)
 
@@ -206,6 +215,16 @@ def number(low: float, high: float = math.inf, open_low: bool = False) -> Callab
         return value
 
     return parse
+
+
+def byte_size(text: str) -> int:
+    """An argument type: bytes, as the Hub writes them (`500MB` and `2GB` are decimal, `2GiB` is binary)."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(?:([KMGT])(i?)B?|B)?", text.strip(), re.IGNORECASE)
+    number, unit, binary = found.groups() if found else ("0", None, None)
+    size = int(float(number) * (1024 if binary else 1000) ** (" KMGT".index(unit.upper()) if unit else 0))
+    if size < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a size above 0: 500MB, 2GB or 2GiB")
+    return size
 
 
 def split_sizes(text: str) -> dict[str, int]:
