@@ -15,13 +15,13 @@ from typing import Any
 
 from grace.data.records import Record, load_records
 from grace.errors import UserError
-from grace.export import awq, parity, qat
+from grace.export import awq, compressed_tensors, mlx, parity, qat
 from grace.export.model_card import model_card
 from grace.export.reference import Reference
 from grace.export.source import Source, open_source
 from grace.files import new_directory, require_free
 
-FORMATS = ("awq", "qat")
+FORMATS = ("awq", "compressed-tensors", "mlx", "qat")
 PARITY_RECORDS = 16
 
 
@@ -106,7 +106,7 @@ def writer(name: str) -> ModuleType:
     Raises:
         UserError: no such format.
     """
-    modules = {"awq": awq, "qat": qat}
+    modules = {"awq": awq, "compressed-tensors": compressed_tensors, "mlx": mlx, "qat": qat}
     if name not in modules:
         raise UserError(f"unknown format {name}: choose from {', '.join(FORMATS)}")
     return modules[name]
