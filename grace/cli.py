@@ -16,7 +16,7 @@ from grace.errors import Parser, UserError, run_command
 # Copies of grace.runtime.int4_linear.KERNELS and grace.export.pack.FORMATS: importing those costs
 # seconds. A test keeps them equal.
 KERNELS = ("auto", "aten", "dequant", "reference")
-FORMATS = ("awq", "compressed-tensors", "mlx", "qat")
+FORMATS = ("awq", "compressed-tensors", "gguf", "mlx", "qat")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

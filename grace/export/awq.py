@@ -31,7 +31,7 @@ from grace.export.source import AWQ_MODULES, Source
 from grace.kernels.awq_layout import PER_WORD, pack_transposed, unpack_transposed
 
 LABEL = "AWQ"
-BITS = (4,)
+BITS = 4
 # Both names: transformers matches anchored paths, vLLM and SGLang substrings (DESIGN section 6).
 NOT_CONVERTED = ["visual", "model.visual", "lm_head"]
 ZERO_POINT = 8
@@ -182,7 +182,7 @@ def write(source: Source, directory: Path, max_shard_bytes: int | None = None) -
     for name, shape in module_shapes(source).items():
         entries += packed_entries(source, name, _parts(shape, source.qat.group_size), LABEL)
     write_directory(source, directory, entries, config, "awq", max_shard_bytes)
-    modules = {"bits": BITS[0], "group_size": source.qat.group_size, "modules": sorted(source.qat.modules)}
+    modules = {"bits": BITS, "group_size": source.qat.group_size, "modules": sorted(source.qat.modules)}
     write_json(directory / AWQ_MODULES, modules)
 
 
@@ -216,7 +216,7 @@ def awq_config(config: Mapping[str, Any], group_size: int) -> dict[str, Any]:
     """The model's config with bfloat16 as its type and the standard AWQ block."""
     block = {
         "quant_method": "awq",
-        "bits": BITS[0],
+        "bits": BITS,
         "group_size": group_size,
         "version": "gemm",
         "zero_point": True,

@@ -25,7 +25,6 @@ from grace.export.directory import (
 from grace.export.name_rules import require_compressed_tensors_names
 from grace.export.shards import Weights
 from grace.export.source import Source
-from grace.export.words import BITS as BITS
 from grace.export.words import pack_words, unpack_words
 
 LABEL = "compressed-tensors"

@@ -32,7 +32,6 @@ from grace.export.directory import (
 from grace.export.shards import Weights
 from grace.export.source import Source
 from grace.export.stream import Entry
-from grace.export.words import BITS as BITS
 from grace.export.words import pack_words, unpack_words
 from grace.models.foreign_names import is_patch_convolution, mlx_name
 

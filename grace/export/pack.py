@@ -21,7 +21,8 @@ from grace.export.reference import Reference
 from grace.export.source import Source, open_source
 from grace.files import new_directory, require_free
 
-FORMATS = ("awq", "compressed-tensors", "mlx", "qat")
+FORMATS = ("awq", "compressed-tensors", "gguf", "mlx", "qat")
+BITS = {"awq": (4,), "compressed-tensors": (4, 8), "gguf": (4, 8), "mlx": (4, 8)}
 PARITY_RECORDS = 16
 
 
@@ -80,7 +81,7 @@ def export_run(
     opened = open_source(source)
     packed = [name for name in formats if name != "qat"]
     for name in packed:
-        require_bits(name, writers[name], opened.qat.bits)
+        require_bits(name, opened.qat.bits)
     reference = None
     if packed:
         reference = Reference(opened, parity_records(opened, validation_records, image_root))
@@ -101,27 +102,31 @@ def export_run(
 
 
 def writer(name: str) -> ModuleType:
-    """The module of a format: `write(source, directory, max_shard_bytes)`, `BITS`, `read(source, directory)`.
+    """The module of a format: `write(source, directory, max_shard_bytes)` and `read(source, directory)`.
 
     Raises:
         UserError: no such format.
+        ModuleNotFoundError: it needs a package that is not installed.
     """
+    if name == "gguf":
+        from grace.export import gguf  # needs the gguf package, which nothing else here does
+
+        return gguf
     modules = {"awq": awq, "compressed-tensors": compressed_tensors, "mlx": mlx, "qat": qat}
     if name not in modules:
         raise UserError(f"unknown format {name}: choose from {', '.join(FORMATS)}")
     return modules[name]
 
 
-def require_bits(name: str, module: ModuleType, bits: int) -> None:
+def require_bits(name: str, bits: int) -> None:
     """Raises `UserError` where a format cannot hold codes of `bits` bits, naming those that can."""
-    if bits in module.BITS:
+    if bits in BITS[name]:
         return
-    held = " or ".join(map(str, module.BITS))
-    others = [other for other in FORMATS if other not in (name, "qat") and bits in writer(other).BITS] + [
-        "qat"
-    ]
+    held = " or ".join(map(str, BITS[name]))
+    others = [other for other, holds in BITS.items() if bits in holds]
     raise UserError(
-        f"{module.LABEL} holds {held} bits only and this run has {bits}: export it with --format {' or '.join(others)}"
+        f"{'AWQ' if name == 'awq' else name} holds {held} bits only and this run has {bits}: "
+        f"export it with --format {' or '.join([*others, 'qat'])}"
     )
 
 

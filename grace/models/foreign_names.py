@@ -6,6 +6,7 @@ names of the gguf package.
 """
 
 import re
+from collections.abc import Sequence
 
 Prefixes = tuple[tuple[str, str], ...]
 
@@ -23,6 +24,8 @@ SGLANG: Prefixes = (("model.visual.", "visual."), ("model.language_model.", "mod
 # The text model as the gguf package's name map knows it, and the tower.
 GGUF_TEXT: Prefixes = (("model.language_model.", "model."), ("lm_head.", "lm_head."))
 GGUF_VISION: Prefixes = (("model.visual.", "visual."),)
+_GGUF_MERGER = {"norm": "v.post_ln", "linear_fc1": "mm.0", "linear_fc2": "mm.2"}
+_GGUF_DEEPSTACK = {"norm": "norm", "linear_fc1": "fc1", "linear_fc2": "fc2"}
 
 
 def renamed(name: str, prefixes: Prefixes) -> str | None:
@@ -57,3 +60,25 @@ def mlx_name(name: str) -> str:
 def is_patch_convolution(name: str) -> bool:
     """Whether a tensor is the convolution that cuts pictures into patches: [out, channels, time, height, width]."""
     return name.endswith("visual.patch_embed.proj.weight")
+
+
+def is_position_table(name: str) -> bool:
+    """Whether a tensor is the vision tower's table of positions."""
+    return name.endswith("visual.pos_embed.weight")
+
+
+def gguf_merger_tensor(name: str, deepstack_layers: Sequence[int]) -> str | None:
+    """llama.cpp's name of a tensor of a merger, None for any other.
+
+    Args:
+        deepstack_layers: the vision layer that each deepstack merger listens to; llama.cpp counts by layer.
+    """
+    found = re.fullmatch(
+        r"model\.visual\.(?:merger|deepstack_merger_list\.(\d+))\.(norm|linear_fc[12])\.(weight|bias)", name
+    )
+    if not found:
+        return None
+    number, part, kind = found.groups()
+    if number is None:
+        return f"{_GGUF_MERGER[part]}.{kind}"
+    return f"v.deepstack.{deepstack_layers[int(number)]}.{_GGUF_DEEPSTACK[part]}.{kind}"
