@@ -18,8 +18,8 @@ from torch import Tensor
 from grace.export.directory import (
     Part,
     Stored,
-    bfloat16_config,
     dense_entries,
+    deployed_config,
     module_shapes,
     packed_entries,
     write_directory,
@@ -222,4 +222,4 @@ def awq_config(config: Mapping[str, Any], group_size: int) -> dict[str, Any]:
         "zero_point": True,
         "modules_to_not_convert": NOT_CONVERTED,
     }
-    return {**bfloat16_config(config), "quantization_config": block}
+    return {**deployed_config(config), "quantization_config": block}

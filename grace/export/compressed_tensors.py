@@ -16,8 +16,8 @@ from torch import Tensor
 from grace.export.directory import (
     Part,
     Stored,
-    bfloat16_config,
     dense_entries,
+    deployed_config,
     module_shapes,
     packed_entries,
     write_directory,
@@ -97,4 +97,4 @@ def quantized_config(config: Mapping[str, Any], bits: int, group_size: int) -> d
         "ignore": IGNORED,
         "kv_cache_scheme": None,
     }
-    return {**bfloat16_config(config), "quantization_config": block}
+    return {**deployed_config(config), "quantization_config": block}

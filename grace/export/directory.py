@@ -120,8 +120,12 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def bfloat16_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The model's config with bfloat16 as its type."""
+def deployed_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The model's config with bfloat16 as its type, readable by engines built on transformers 4 too.
+
+    Those look for `rope_theta`, `rope_scaling` and `tie_word_embeddings` among the text settings, where
+    transformers 5 writes `rope_parameters` and keeps the last outside; both are there, with the same values.
+    """
 
     def in_bfloat16(value: Any) -> Any:
         if not isinstance(value, Mapping):
@@ -131,7 +135,17 @@ def bfloat16_config(config: Mapping[str, Any]) -> dict[str, Any]:
             for key, item in value.items()
         }
 
-    return {**in_bfloat16(config), "dtype": "bfloat16"}
+    whole = {**in_bfloat16(config), "dtype": "bfloat16"}
+    text = whole.get("text_config")
+    if isinstance(text, dict):
+        text.setdefault("tie_word_embeddings", bool(config.get("tie_word_embeddings", False)))
+        rope = text.get("rope_parameters")
+        if isinstance(rope, dict) and "rope_theta" in rope:
+            text.setdefault("rope_theta", rope["rope_theta"])
+            text.setdefault(
+                "rope_scaling", {key: value for key, value in rope.items() if key != "rope_theta"}
+            )
+    return whole
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -10,6 +10,7 @@ A bfloat16 scale in [2^-14, 2^15] has the same value in fp16 (DESIGN section 4, 
 Shape suffixes: O output features, I input features, G groups, B blocks (= I / 32), Y bytes of a block.
 """
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,18 +31,26 @@ def pack_blocks(codes_OI: Tensor, scales_OG: Tensor, bits: int) -> Tensor:
     """
     _check(codes_OI, scales_OG, bits)
     outputs, inputs = codes_OI.shape
-    blocks = inputs // BLOCK
-    scales_OB = _fp16(scales_OG).repeat_interleave(blocks // scales_OG.shape[1], dim=1)
-    packed_OBY = torch.empty(outputs, blocks, BLOCK_BYTES[bits], dtype=torch.uint8)
-    packed_OBY[..., :2] = scales_OB.unsqueeze(-1).view(torch.uint8)
+    groups = scales_OG.shape[1]
+    # Blocks as records: one copy of a whole field each, where a tensor would copy byte by byte.
+    field_bytes = BLOCK_BYTES[bits] - 2
+    packed = np.empty((outputs, inputs // BLOCK), dtype=[("d", "<f2"), ("codes", f"V{field_bytes}")])
+    packed["d"].reshape(outputs, groups, -1)[...] = _fp16(scales_OG).numpy()[..., None]
     step = max(1, _STEP // inputs)
     for row in range(0, outputs, step):
-        block = codes_OI[row : row + step].contiguous().view(torch.uint8).view(-1, blocks, BLOCK)
-        if bits == 4:
-            block = block + 8
-            block = block[..., :16] | (block[..., 16:] << 4)
-        packed_OBY[row : row + step, :, 2:] = block
-    return packed_OBY.view(outputs, -1)
+        rows = codes_OI[row : row + step].contiguous()
+        stored = (_nibbles(rows) if bits == 4 else rows).numpy()
+        packed["codes"][row : row + step] = stored.reshape(len(rows), -1).view(f"V{field_bytes}")
+    return torch.from_numpy(packed.view(np.uint8))
+
+
+def _nibbles(codes_OI: Tensor) -> Tensor:
+    """uint8: of each block, weight i in the low half of byte i and weight i + 16 in the high one."""
+    words_N4 = (codes_OI.view(torch.uint8) + 8).view(torch.int64).view(-1, 4)  # eight weights each, in 0..15
+    halves_N2 = torch.empty(len(words_N4), 2, dtype=torch.int64)
+    for half in range(2):
+        torch.bitwise_or(words_N4[:, half], words_N4[:, half + 2] << 4, out=halves_N2[:, half])
+    return halves_N2.view(torch.uint8)
 
 
 def unpack_blocks(packed_OY: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor]:

@@ -23,8 +23,8 @@ from grace.errors import UserError
 from grace.export.directory import (
     Part,
     Stored,
-    bfloat16_config,
     dense_entries,
+    deployed_config,
     module_shapes,
     packed_entries,
     write_directory,
@@ -110,6 +110,12 @@ def _channels_first(tensor: Tensor) -> Tensor:
 
 
 def quantized_config(config: Mapping[str, Any], bits: int, group_size: int) -> dict[str, Any]:
-    """The model's config with bfloat16 as its type, and MLX's block under both of its names."""
+    """The model's config with bfloat16 as its type, and MLX's block under both of its names.
+
+    mlx-vlm knows the vision tower's type by the name that published checkpoints give it, which is the
+    whole model's; transformers 5 writes another.
+    """
     block = {"group_size": group_size, "bits": bits, "mode": "affine"}
-    return {**bfloat16_config(config), "quantization": block, "quantization_config": block}
+    whole = deployed_config(config)
+    whole["vision_config"] = {**whole["vision_config"], "model_type": whole["model_type"]}
+    return {**whole, "quantization": block, "quantization_config": block}

@@ -17,17 +17,26 @@ ROOT = Path(__file__).parents[2]
 DEFAULT_FOLDER = Path.home() / ".cache" / "grace-interop"
 
 
-def python_of(name: str, packages: Sequence[str], folder: Path, options: Sequence[str] = ()) -> Path:
-    """The Python of the environment `name`, made with pip if it is not there yet."""
+def python_of(
+    name: str, packages: Sequence[str], folder: Path, options: Sequence[str] = (), after: Sequence[str] = ()
+) -> Path:
+    """The Python of the environment `name`, made with pip if it is not there yet.
+
+    Args:
+        options: for pip, with `packages`.
+        after: packages installed first, without `options`.
+    """
     home = folder / name
     python, done = home / "bin" / "python", home / ".installed"
-    wanted = json.dumps([*options, *packages])
+    wanted = json.dumps([*after, *options, *packages])
     if done.is_file() and done.read_text() == wanted:
         return python
     if not python.exists():
         venv.create(home, with_pip=True)
     print(f"installing {' '.join(packages)} into {home}", file=sys.stderr)
-    subprocess.run([python, "-m", "pip", "install", "--quiet", *options, *packages], check=True)
+    for names in ([*after], [*options, *packages]):
+        if names:
+            subprocess.run([python, "-m", "pip", "install", "--quiet", *names], check=True)
     done.write_text(wanted)
     return python
 
@@ -46,7 +55,8 @@ def trained_answers(run: Path, records: int) -> tuple[Any, list[dict[str, Any]]]
     """The source of a run, and what the trained model (fp32, dense tensors as bfloat16) says.
 
     Every record is asked twice, with its picture and without it. Each answer holds the prompt's text, its
-    token ids, the picture's path or None, the greedy tokens and the logits that each was taken from.
+    token ids, the picture's path or None, the model's input tensors, the greedy tokens and the logits that
+    each was taken from.
     """
     import torch
 
@@ -55,7 +65,7 @@ def trained_answers(run: Path, records: int) -> tuple[Any, list[dict[str, Any]]]
     from grace.export.reference import greedy, prompt_of, round_unquantized
     from grace.export.source import open_source
     from grace.models.processor import load_processor
-    from grace.runtime.generate import load_model
+    from grace.runtime.generate import load_model, model_inputs
 
     source = open_source(run)
     data = source.recipe["data"]
@@ -79,9 +89,45 @@ def trained_answers(run: Path, records: int) -> tuple[Any, list[dict[str, Any]]]
             ids = prompt.input_ids_L.tolist()
             text = processor.tokenizer.decode(ids)
             answers.append(
-                {"text": text, "ids": ids, "image": image, "tokens": tokens, "logits": logits_TV.tolist()}
+                {
+                    "text": text,
+                    "ids": ids,
+                    "image": image,
+                    "inputs": model_inputs(prompt, "cpu"),
+                    "tokens": tokens,
+                    "logits": logits_TV.tolist(),
+                }
             )
     return source, answers
+
+
+def write_expected(folder: Path, source: Any, answers: Sequence[dict[str, Any]]) -> None:
+    """What the other half needs, without pickles: questions as tensors, and the trained codes and scales."""
+    from safetensors.torch import save_file
+
+    inputs = {
+        f"{i}.{name}": tensor for i, answer in enumerate(answers) for name, tensor in answer["inputs"].items()
+    }
+    save_file(
+        {name: tensor.contiguous() for name, tensor in inputs.items()}, folder / "questions.safetensors"
+    )
+    state = {}
+    for name, weight in source.qat.modules.items():
+        state |= {f"{name}.codes": weight.codes_OI, f"{name}.scales": weight.scales_OG.float()}
+    save_file(state, folder / "trained.safetensors")
+
+
+def report(result: dict[str, Any], theirs: Sequence[dict[str, Any]], ours: Sequence[dict[str, Any]]) -> None:
+    """Adds the comparison with pictures and without to `result`, and prints it."""
+    for what in ("image", "text"):
+        chosen = [i for i, answer in enumerate(ours) if (answer["image"] is None) == (what == "text")]
+        figures = compare([ours[i] for i in chosen], [theirs[i] for i in chosen])
+        result[what] = figures
+        print(
+            f"{what:6} identical answers {figures['identical_answers']}/{figures['prompts']}, "
+            f"logits {figures['largest_relative']:.1e} of the largest, KL {figures['kl_mean']:.1e}, "
+            f"gaps {[f'{gap:.3g}' for gap in figures['gaps_where_parted']]}"
+        )
 
 
 def compare(ours: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]]) -> dict[str, Any]:

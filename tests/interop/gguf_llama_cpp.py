@@ -21,8 +21,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-sys.path = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).parent.resolve()]
-
 PACKAGES = ("llama-cpp-python==0.3.36",)
 WIDENED_LIMIT = (
     5e-3  # of the largest logit: llama.cpp tabulates GELU in fp16 and uses its tanh form in mergers
@@ -39,8 +37,7 @@ def main() -> int:
     parser.add_argument("--records", type=int, default=8)
     parser.add_argument("--folder", type=Path, help="where environments are kept")
     args = parser.parse_args()
-    sys.path.insert(0, str(Path(__file__).parent))
-    from environment import DEFAULT_FOLDER, compare, python_of, run_inside, trained_answers
+    from environment import DEFAULT_FOLDER, python_of, report, run_inside, trained_answers
 
     from grace.export.pack import export_run
 
@@ -59,21 +56,15 @@ def main() -> int:
         result: dict[str, Any] = {"reader": PACKAGES[0], "bits": source.qat.bits}
         for kind, directory in (("deployed", export), ("widened", widened)):
             theirs = run_inside(python, __file__, directory, asked)["answers"]
-            result["prompt_tokens_identical"] = all(
+            result["prompt_tokens_identical"] = result.get("prompt_tokens_identical", True) and all(
                 unpadded(mine["ids"]) == unpadded(other["ids"])
                 for mine, other in zip(ours, theirs, strict=True)
             )
-            for what in ("image", "text"):
-                chosen = [i for i, answer in enumerate(ours) if (answer["image"] is None) == (what == "text")]
-                figures = compare([ours[i] for i in chosen], [theirs[i] for i in chosen])
-                result[f"{kind}_{what}"] = figures
-                print(
-                    f"{kind:9} {what:6} identical answers {figures['identical_answers']}/{figures['prompts']}, "
-                    f"logits {figures['largest_relative']:.1e} of the largest, KL {figures['kl_mean']:.1e}, "
-                    f"gaps {[f'{gap:.3g}' for gap in figures['gaps_where_parted']]}"
-                )
+            print(kind)
+            result[kind] = {}
+            report(result[kind], theirs, ours)
     result["met"] = result["prompt_tokens_identical"] and all(
-        result[f"{kind}_{what}"]["largest_relative"] <= limit
+        result[kind][what]["largest_relative"] <= limit
         for kind, limit in (("deployed", DEPLOYED_LIMIT), ("widened", WIDENED_LIMIT))
         for what in ("image", "text")
     )
