@@ -9,7 +9,7 @@ llama.cpp's converter.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -191,17 +191,21 @@ def _patch_tensors(source: Source, name: str) -> list[GgufTensor]:
 def text_name(name: str, config: PreTrainedConfig) -> str:
     """llama.cpp's name of a tensor of the language model."""
     text: Any = config.text_config
-    return _mapped(
-        name, foreign_names.GGUF_TEXT, gguf.get_tensor_name_map(ARCHITECTURE, text.num_hidden_layers)
-    )
+    return _mapped(name, foreign_names.GGUF_TEXT, _name_map(ARCHITECTURE, text.num_hidden_layers))
 
 
 def vision_name(name: str, config: PreTrainedConfig) -> str:
     """llama.cpp's name of a tensor of the vision tower, the patch convolution's weight excepted."""
     vision: Any = config.vision_config
     merger = foreign_names.gguf_merger_tensor(name, vision.deepstack_visual_indexes)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.MMPROJ, vision.depth)
+    names = _name_map(gguf.MODEL_ARCH.MMPROJ, vision.depth)
     return merger or _mapped(name, foreign_names.GGUF_VISION, names)
+
+
+@cache
+def _name_map(architecture: gguf.MODEL_ARCH, layers: int) -> gguf.TensorNameMap:
+    """The package builds it anew at every call, with the names of every model there is."""
+    return gguf.get_tensor_name_map(architecture, layers)
 
 
 def _mapped(name: str, prefixes: foreign_names.Prefixes, names: gguf.TensorNameMap) -> str:
