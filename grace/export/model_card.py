@@ -49,7 +49,7 @@ def model_card(source: Source, format_name: str, parity: Mapping[str, Any]) -> s
         f"({len(qat.modules)} modules) was trained as {qat.bits}-bit codes in groups of {qat.group_size}. "
         "The vision tower, "
         f"embeddings and norms are not quantized.\n\n{FORMAT_TEXT[format_name]}",
-        "## How to load\n\n" + LOAD[format_name],
+        "## How to load\n\n" + LOAD[format_name].replace("TYPE", f"Q{qat.bits}_0"),
         _training(source, base),
         _metrics(qat.info.get("metrics")),
         _parity(parity),

@@ -2,12 +2,15 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
+import gguf
 import pytest
 import torch
 import yaml
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from small_qat_run import write_qat_run  # pyright: ignore[reportMissingImports] - tests/ is on the path
 from transformers import AutoConfig
 
@@ -50,7 +53,7 @@ def test_model_cards(exported, name: str):
     assert "## How to load" in body and "bit for bit" in body and str(exported[0]) not in body
     expected = {
         "awq": "vllm serve",
-        "gguf": "llama-mtmd-cli",
+        "gguf": "llama-mtmd-cli -m DIR/model-Q4_0.gguf",
         "mlx": "mlx_vlm.generate",
         "qat": "grace export",
     }
@@ -153,3 +156,28 @@ def test_metadata_of_the_safetensors_files(exported):
     for name, kind in (("awq", "pt"), ("compressed-tensors", "pt"), ("mlx", "mlx")):
         with safe_open(exported[0] / name / "model.safetensors", framework="pt") as file:
             assert file.metadata() == {"format": kind}
+
+
+def test_a_head_of_its_own_stays_dense_everywhere(qat_run: Path, tmp_path: Path):
+    """The larger models do not tie head and embeddings."""
+    shutil.copytree(qat_run, tmp_path / "run")
+    model = tmp_path / "run" / "model"
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
+    tensors = load_file(model / "model.safetensors")
+    head = tensors["model.language_model.embed_tokens.weight"].flip(0).contiguous()
+    save_file({**tensors, "lm_head.weight": head}, model / "model.safetensors", metadata={"format": "pt"})
+    report = export_run(tmp_path / "run", tmp_path / "out", FORMATS)
+    assert all(report["formats"][name]["parity"]["dense_identical"] for name in PACKED)
+    names = {
+        "awq": "lm_head.weight",
+        "compressed-tensors": "lm_head.weight",
+        "mlx": "language_model.lm_head.weight",
+    }
+    for name, stored in names.items():
+        weights = load_file(tmp_path / "out" / name / "model.safetensors")
+        assert torch.equal(weights[stored], head.bfloat16())
+    tensors = {
+        tensor.name for tensor in gguf.GGUFReader(tmp_path / "out" / "gguf" / "model-Q4_0.gguf").tensors
+    }
+    assert {"output.weight", "token_embd.weight"} <= tensors

@@ -38,9 +38,9 @@ def main() -> int:
 
     after = [*TORCH, *GPTQMODEL]
     python = python_of("awq", AUTOAWQ, args.folder or DEFAULT_FOLDER, ["--no-deps"], after)
-    source, ours = trained_answers(args.run, args.records)
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
+        source, ours = trained_answers(args.run, args.records, scratch)
         export_run(args.run, scratch / "awq", ("awq",))
         write_expected(scratch, source, ours)
         unpacked = run_inside(python, __file__, "autoawq", scratch / "awq", scratch)

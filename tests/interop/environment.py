@@ -4,6 +4,7 @@ A driver (run by GRACE's own Python) exports a run, writes the trained model's a
 its other half under the Python of an environment that has never heard of GRACE.
 """
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -51,10 +52,11 @@ def run_inside(python: Path, script: str, *arguments: str | Path) -> dict[str, A
     return json.loads(result.stdout.splitlines()[-1])
 
 
-def trained_answers(run: Path, records: int) -> tuple[Any, list[dict[str, Any]]]:
+def trained_answers(run: Path, records: int, folder: Path) -> tuple[Any, list[dict[str, Any]]]:
     """The source of a run, and what the trained model (fp32, dense tensors as bfloat16) says.
 
-    Every record is asked twice, with its picture and without it. Each answer holds the prompt's text, its
+    Every record is asked twice, with its picture and without it; of every second picture only the upper two
+    thirds are shown, so that it is not square and the table of positions is interpolated. Each answer holds the prompt's text, its
     token ids, the picture's path or None, the model's input tensors, the greedy tokens and the logits that
     each was taken from.
     """
@@ -77,7 +79,9 @@ def trained_answers(run: Path, records: int) -> tuple[Any, list[dict[str, Any]]]
     model = load_model(source.directory, torch.float32)
     round_unquantized(model, source.qat.modules)
     answers = []
-    for record in asked[:records]:
+    for index, record in enumerate(asked[:records]):
+        if index % 2:
+            record = dataclasses.replace(record, images=(cropped(Path(record.images[0]), folder),))
         question = next(turn for turn in record.turns if turn.role == "user")
         bare = type(question)("user", question.text.replace("<image>", "").strip())
         prompts = [
@@ -99,6 +103,16 @@ def trained_answers(run: Path, records: int) -> tuple[Any, list[dict[str, Any]]]
                 }
             )
     return source, answers
+
+
+def cropped(picture: Path, folder: Path) -> Path:
+    """The upper two thirds of a picture, as a file in `folder`."""
+    from PIL import Image
+
+    with Image.open(picture) as image:
+        part = image.convert("RGB").crop((0, 0, image.width, image.height * 2 // 3))
+    part.save(folder / f"{picture.stem}-cropped.png")
+    return folder / f"{picture.stem}-cropped.png"
 
 
 def write_expected(folder: Path, source: Any, answers: Sequence[dict[str, Any]]) -> None:

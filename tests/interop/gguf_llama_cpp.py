@@ -42,8 +42,8 @@ def main() -> int:
     from grace.export.pack import export_run
 
     python = python_of("llama-cpp", PACKAGES, args.folder or DEFAULT_FOLDER)
-    source, ours = trained_answers(args.run, args.records)
     with tempfile.TemporaryDirectory() as name:
+        source, ours = trained_answers(args.run, args.records, Path(name))
         export = Path(name) / "deployed"
         export_run(args.run, export, ("gguf",))
         widened = Path(name) / "widened"

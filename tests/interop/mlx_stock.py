@@ -33,9 +33,9 @@ def main() -> int:
     from grace.export.pack import export_run
 
     python = python_of("mlx", PACKAGES, args.folder or DEFAULT_FOLDER)
-    source, ours = trained_answers(args.run, args.records)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        source, ours = trained_answers(args.run, args.records, folder)
         export_run(args.run, folder / "mlx", ("mlx",))
         write_expected(folder, source, ours)
         answer = run_inside(python, __file__, folder / "mlx", folder)
