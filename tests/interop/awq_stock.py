@@ -15,7 +15,7 @@ import json
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 TORCH = ("torch==2.13.0", "transformers==5.23.0", "accelerate==1.15.0", "pillow")
 GPTQMODEL = ("gptqmodel==7.6.0",)
@@ -96,9 +96,10 @@ def by_transformers(directory: Path, folder: Path) -> dict[str, Any]:
     from safetensors.torch import load_file
     from transformers import AutoModelForImageTextToText
 
-    model, info = AutoModelForImageTextToText.from_pretrained(
+    loaded = AutoModelForImageTextToText.from_pretrained(
         directory, dtype=torch.float16, output_loading_info=True, device_map="cpu"
     )
+    model, info = cast(Any, loaded)
     kinds = {type(module).__name__ for module in model.modules() if hasattr(module, "qweight")}
     faults = [name for name in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[name]]
     questions = load_file(folder / "questions.safetensors")
