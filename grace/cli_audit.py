@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from grace.cli_data import progress
 from grace.config import Recipe, load_recipe
 from grace.data.audit import FileAudit, audit_file, by_source
 from grace.data.audit_list import length_print, list_path, require_writable, write_list
@@ -24,6 +23,7 @@ from grace.data.sampler import steps_of, visits
 from grace.data.stats import statistics
 from grace.errors import UserError
 from grace.models.processor import load_processor
+from grace.progress import progress
 
 
 def run_audit(args: argparse.Namespace) -> int:

@@ -7,7 +7,7 @@ memory are estimates; every line of memory states its formula.
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -210,7 +210,7 @@ def _data(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _measured_tokens(records: list[Record], recipe: Recipe) -> tuple[int, int, int] | None:
+def _measured_tokens(records: Sequence[Record], recipe: Recipe) -> tuple[int, int, int] | None:
     """Mean tokens (all, supervised, image) of a few records, or None without processor or pictures."""
     if not Path(recipe.student.path).is_dir():
         return None

@@ -6,7 +6,7 @@ process of a run and every start of it comes to the same records.
 
 import hashlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from accelerate.utils import gather_object
 from grace.config import Recipe
 from grace.data.audit_list import length_print, list_path, read_list
 from grace.data.faults import Policies
-from grace.data.records import Record, load_records
+from grace.data.records import Record, load_records, text_keys
 from grace.errors import UserError
 
 
@@ -24,8 +24,8 @@ from grace.errors import UserError
 class RunData:
     """Records to train on and to validate on, and how many were left out by class, over both files."""
 
-    records: list[Record]
-    validation: list[Record]
+    records: Sequence[Record]
+    validation: Sequence[Record]
     left_out: Mapping[str, int]
 
     def notes(self) -> list[str]:
@@ -52,7 +52,7 @@ def load_run_data(recipe: Recipe, processor: Any = None, validation: bool = True
     lengths = length_print(processor, data.max_length) if audit and processor is not None else None
     left_out: Counter[str] = Counter()
 
-    def load(path: str | None) -> list[Record]:
+    def load(path: str | None) -> Sequence[Record]:
         if path is None:
             return []
         listed = audit.left_out(path, data.image_root, lengths, policies) if audit else {}
@@ -70,8 +70,8 @@ def require_same_on_all_ranks(data: RunData, accelerator: Accelerator) -> None:
     """
     if accelerator.num_processes == 1:
         return
-    names = "\n".join(record.id for record in (*data.records, *data.validation))
-    if len(set(gather_object([hashlib.sha256(names.encode()).hexdigest()]))) > 1:
+    keys = b"".join((*text_keys(data.records), *text_keys(data.validation)))
+    if len(set(gather_object([hashlib.sha256(keys).hexdigest()]))) > 1:
         raise UserError(
             "the processes read different records: give all of them the same data and audit files"
         )

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "grace"
 
-FLOOR = {"errors", "files"}
+FLOOR = {"errors", "files", "progress"}
 LEAVES = {"config", "data", "models", "quant", "distill", "kernels", "checkpoint", "tracking"}
 TRAINING = {"train", "run", "step", "plan", "teacher_cache"}
 ASSEMBLERS = TRAINING | {"export", "runtime", "evaluation"}
