@@ -130,7 +130,7 @@ def open_cache(recipe: Recipe, processor: Any, records: Sequence[Record]) -> Tea
     missing = [i for i, key in enumerate(text_keys(records)) if key not in cache.texts]
     if missing:
         raise UserError(
-            f"{directory} is stale: {len(missing)} of {len(records)} records of {recipe.data.path} are not in it as they "
+            f"{directory} is stale: {len(missing)} of {len(records)} records of {' and '.join(recipe.data.files)} are not in it as they "
             f"are now, such as {records[missing[0]].id}. Run grace teacher-cache again, it adds what is missing"
         )
     return cache

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from grace.cache_settings import open_cache
 from grace.config import Recipe, load_recipe
 from grace.data.batch import Batch, collate
-from grace.data.records import Record
+from grace.data.records import Record, mixture_of
 from grace.data.template import encode
 from grace.errors import Parser, UserError, run_command
 from grace.evaluation.exact_match import evaluate
@@ -87,7 +87,9 @@ def train(recipe: Recipe) -> Path:
         records, validation = data.records, data.validation[: recipe.run.eval_records]
         cached = recipe.distils and recipe.teacher.cache is not None
         cache = open_cache(recipe, processor, records) if cached else None
-        run = set_up(recipe, accelerator, processor.tokenizer, total_steps(recipe, len(records)), cache)
+        run = set_up(
+            recipe, accelerator, processor.tokenizer, total_steps(recipe, mixture_of(records).epoch), cache
+        )
         tracker = Tracker(run_dir, run.total_steps, recipe.run.log_every, accelerator.is_main_process)
         resume(run, tracker, run_dir)
         tracker.start_wandb(recipe.run.wandb, recipe.run.wandb_project, asdict(recipe))

@@ -17,7 +17,7 @@ ASSEMBLERS = TRAINING | {"export", "runtime", "evaluation"}
 COMMANDS = {"cli", "demo", "__main__"}
 # Files split off a part of another name.
 BELONGS_TO = {
-    "recipe_check": "config", "plan_memory": "plan", "plan_text": "plan", "run_save": "run", "run_data": "run",
+    "recipe_check": "config", "recipe_parts": "config", "plan_memory": "plan", "plan_text": "plan", "run_save": "run", "run_data": "run",
     "step_inputs": "train", "cache_settings": "teacher_cache",
     "cli_args": "cli", "cli_data": "cli", "cli_audit": "cli",
 }  # fmt: skip

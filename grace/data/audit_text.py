@@ -53,7 +53,10 @@ def _format_run(report: Mapping[str, Any]) -> str:
         lines.append("the run, once it may start, on the records that can be used as they are:")
     else:
         lines.append("the run:")
-    rows: list[Sequence[Any]] = [("", "one epoch", "whole run")]
+    if len(run["files"]) > 1:
+        shares = [(file["path"], file["records"], file["taken"]) for file in run["files"]]
+        lines.append(table([("file", "records", "taken in an epoch"), *shares]))
+    rows: list[Sequence[Any]] = [("", "first epoch" if len(run["files"]) > 1 else "one epoch", "whole run")]
     rows.append(("steps", "", run["steps"]))
     rows.append(("records", run["records"], run["steps"] * run["batch_size"]))
     for name in ("images", "tokens", "image_tokens", "supervised"):

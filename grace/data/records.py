@@ -21,6 +21,7 @@ from grace.data.faults import CLASSES, Policies
 from grace.data.image_file import open_image, read_image
 from grace.data.record_key import text_key
 from grace.data.record_parse import IMAGE_MARK, Record, Role, Turn, check_marks
+from grace.data.sampler import Mixture
 from grace.errors import UserError
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "Turn",
     "check_marks",
     "load_records",
+    "mixture_of",
     "open_image",
     "read_image",
     "text_keys",
@@ -52,19 +54,28 @@ class Records(Sequence[Record]):
     Attributes:
         sources: the files.
         source_N, entry_N: of each record its file, and its place there.
+        mixture: how an epoch takes them.
     """
 
-    def __init__(self, sources: Sequence[Source], source_N: np.ndarray, entry_N: np.ndarray):
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        source_N: np.ndarray,
+        entry_N: np.ndarray,
+        mixture: Mixture | None = None,
+    ):
         self.sources, self.source_N, self.entry_N = tuple(sources), source_N, entry_N
+        self.mixture = mixture
 
     @classmethod
-    def joined(cls, parts: Sequence["Records"]) -> "Records":
-        """All records of the parts, one part after the other."""
+    def joined(cls, parts: Sequence["Records"], takes: Sequence[int]) -> "Records":
+        """All records of the parts, one part after the other; `takes` says how many of each an epoch takes."""
         starts = np.cumsum([0, *(len(part.sources) for part in parts)])
         return cls(
             [source for part in parts for source in part.sources],
             np.concatenate([part.source_N + start for part, start in zip(parts, starts, strict=False)]),
             np.concatenate([part.entry_N for part in parts]),
+            Mixture(tuple(len(part) for part in parts), tuple(takes)),
         )
 
     def __len__(self) -> int:
@@ -154,6 +165,12 @@ def name_of(record_id: str | None, index: int) -> str:
 def text_length(record: Record) -> int:
     """Characters of a conversation: a cheap stand-in for its number of text tokens."""
     return sum(len(turn.text) for turn in record.turns)
+
+
+def mixture_of(records: Sequence[Record]) -> Mixture:
+    """How an epoch takes the records: each once, unless they were joined otherwise."""
+    mixture = records.mixture if isinstance(records, Records) else None
+    return mixture or Mixture.whole(len(records))
 
 
 def text_keys(records: Sequence[Record]) -> list[bytes]:
