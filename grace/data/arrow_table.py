@@ -7,12 +7,14 @@ HF_DATASETS_CACHE/grace/NAME-KEY/      KEY: of the file's path, size and times, 
             table.json                 what the others must be
 """
 
+import ctypes
 import fcntl
 import hashlib
 import json
+import mmap
 import os
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,34 +25,44 @@ from grace.errors import UserError
 from grace.files import new_directory, remove_leftovers, sha256_of
 
 if TYPE_CHECKING:  # takes seconds, and a small file does without
-    from datasets import Dataset
+    import pyarrow as pa
 
 FORMAT = 1
 ENTRIES, INDEX, SUMMARY, COLUMN = "entries.arrow", "index.npz", "table.json", "entry"
-ROWS_PER_BATCH = 1024
-READS_PER_MAPPING = 1024  # each maps 64 KB at most
+BATCH_ROWS, BATCH_BYTES = 16_384, 64_000_000  # whichever comes first; few batches are quick to map
+READS_HELD = 64  # each maps what the system holds around it, up to 2 MB
 
 
 class TextsInTable:
     """The texts of a table's file.
 
-    Pages that were read count as this process's memory, though they are the system's to take back. So the file is
-    mapped anew after `READS_PER_MAPPING` reads.
+    Pages that were read count as this process's memory until they are given back, though they are the system's to
+    take: they are given back after `READS_HELD` reads.
     """
 
     def __init__(self, file: Path):
         self.file, self.reads = file, 0
-        self.dataset = _mapped(file)
+        self.column = _mapped(file)
+        buffers = [buffer for chunk in self.column.chunks for buffer in chunk.buffers() if buffer]
+        first = min(buffer.address for buffer in buffers)
+        self.start = first - first % mmap.PAGESIZE
+        self.size = max(buffer.address + buffer.size for buffer in buffers) - self.start
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled as the name of its file."""
+        return TextsInTable, (self.file,)
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return len(self.column)
 
     def read(self, start: int, stop: int) -> list[str]:
         """Those of `start` up to, not including, `stop`."""
         self.reads += 1
-        if self.reads % READS_PER_MAPPING == 0:
-            self.dataset = _mapped(self.file)
-        return self.dataset[start:stop][COLUMN]
+        if self.reads % READS_HELD == 0:  # advice, so that nothing depends on whether it is taken
+            ctypes.CDLL(None).madvise(
+                ctypes.c_void_p(self.start), ctypes.c_size_t(self.size), mmap.MADV_DONTNEED
+            )
+        return self.column.slice(start, stop - start).to_pylist()
 
 
 def open_table(path: Path, advance: Callable[[int], None]) -> Annotations:
@@ -104,13 +116,7 @@ def _make(path: Path, out: Path, advance: Callable[[int], None]) -> None:
     builder = IndexBuilder()
     with new_directory(out, "HF_DATASETS_CACHE") as scratch:
         with pa.OSFile(str(scratch / ENTRIES), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
-            rows: list[str] = []
-            for text in read_texts(path, builder, advance):
-                rows.append(text)
-                if len(rows) == ROWS_PER_BATCH:
-                    writer.write_batch(pa.record_batch([rows], schema=schema))
-                    rows = []
-            if rows:
+            for rows in _batches(read_texts(path, builder, advance)):
                 writer.write_batch(pa.record_batch([rows], schema=schema))
         index = builder.index()
         np.savez(scratch / INDEX, **vars(index))
@@ -122,6 +128,19 @@ def _make(path: Path, out: Path, advance: Callable[[int], None]) -> None:
             "index_sha256": sha256_of(scratch / INDEX),
         }
         (scratch / SUMMARY).write_text(json.dumps(summary, indent=1) + "\n")
+
+
+def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
+    rows: list[str] = []
+    size = 0
+    for text in texts:
+        rows.append(text)
+        size += len(text)
+        if len(rows) == BATCH_ROWS or size >= BATCH_BYTES:
+            yield rows
+            rows, size = [], 0
+    if rows:
+        yield rows
 
 
 def _opened(path: Path, table: Path) -> Annotations | None:
@@ -137,22 +156,22 @@ def _opened(path: Path, table: Path) -> Annotations | None:
         with np.load(table / INDEX) as arrays:
             index = Index(**arrays)
         texts = TextsInTable(table / ENTRIES)
-        if not len(texts) == summary["records"] == len(index.keys_N8) or not _in_bounds(texts.dataset):
+        if not len(texts) == summary["records"] == len(index.keys_N8) or not _in_bounds(texts.column):
             return None
     except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile):
         return None
     return Annotations(path, texts, index, origin=table.parent)
 
 
-def _mapped(file: Path) -> "Dataset":
+def _mapped(file: Path) -> "pa.ChunkedArray":
     from datasets import Dataset
 
-    return Dataset.from_file(str(file))
+    return Dataset.from_file(str(file)).data.column(COLUMN)
 
 
-def _in_bounds(dataset: "Dataset") -> bool:
+def _in_bounds(column: "pa.ChunkedArray") -> bool:
     """Whether every text lies within its batch: Arrow itself takes that on trust."""
-    for chunk in dataset.data.column(COLUMN).chunks:
+    for chunk in column.chunks:
         _, offsets, data = chunk.buffers()
         ends = np.frombuffer(offsets, dtype=np.int32)[: len(chunk) + 1]
         if (np.diff(ends) < 0).any() or ends[0] < 0 or ends[-1] > (data.size if data is not None else 0):

@@ -135,6 +135,7 @@ def test_later_starts_read_no_json(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert told[-1] == (path.stat().st_size,) * 2
     monkeypatch.setattr("grace.data.arrow_table.read_texts", None)
     again = load_records(path)
+    assert len(pickle.dumps(again)) < 200_000 < path.stat().st_size
     assert again.text_keys() == first.text_keys() and again == first  # 3,000 reads: mapped anew on the way
     monkeypatch.undo()
 
