@@ -17,6 +17,7 @@ from grace.distill.cache_store import RecordKey, TeacherCache
 from grace.distill.cached import CachedRecord
 from grace.errors import UserError
 from grace.models import qwen3vl
+from grace.run_data import taken_in_run
 
 # What of an image processor decides which numbers a picture becomes.
 IMAGE_SETTINGS = (
@@ -125,6 +126,7 @@ def open_cache(recipe: Recipe, processor: Any, records: Sequence[Record]) -> Tea
     """
     assert recipe.teacher.cache is not None
     directory = Path(recipe.teacher.cache)
+    records = taken_in_run(recipe, records)
     cache = TeacherCache(directory, recipe.teacher.cache_top_k)
     refuse_other_settings(directory, cache.index.settings, cache_settings(recipe, processor))
     missing = [i for i, key in enumerate(text_keys(records)) if key not in cache.texts]

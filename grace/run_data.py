@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
@@ -19,9 +20,10 @@ from grace.config import Recipe
 from grace.data.audit_list import length_print, list_path, read_list
 from grace.data.faults import Policies
 from grace.data.records import Record, Records, load_records, mixture_of, text_keys
-from grace.data.sampler import taken_of
+from grace.data.sampler import taken_of, visits
 from grace.errors import UserError
 from grace.progress import progress
+from grace.run import total_steps
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,18 @@ def load_run_data(recipe: Recipe, processor: Any = None, validation: bool = True
     takes = [taken_of(len(one), part.weight, part.cap) for one, part in zip(parts, data.parts, strict=True)]
     validated = load(data.validation_path) if validation and data.validation_path else []
     return RunData(Records.joined(parts, takes), validated, left_out)
+
+
+def taken_in_run(recipe: Recipe, records: Sequence[Record]) -> Sequence[Record]:
+    """The records that a teacher is asked about: all, or of a mixture those that come up in the recipe's steps."""
+    mixture = mixture_of(records)
+    if not isinstance(records, Records) or all(
+        t >= n for t, n in zip(mixture.takes, mixture.sizes, strict=True)
+    ):
+        return records
+    steps = total_steps(recipe, mixture.epoch)
+    times = visits(steps, recipe.optim.batch_size, mixture, recipe.run.seed)
+    return records.chosen(np.flatnonzero(times))
 
 
 def require_same_on_all_ranks(data: RunData, accelerator: Accelerator) -> None:

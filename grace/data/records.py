@@ -88,12 +88,16 @@ class Records(Sequence[Record]):
 
     def __getitem__(self, at: int | slice) -> "Record | Records":
         if isinstance(at, slice):
-            return Records(self.sources, self.source_N[at], self.entry_N[at])
+            return self.chosen(np.arange(len(self))[at])
         source = self.sources[self.source_N[at]]
         record = source.annotations.parsed(int(self.entry_N[at]), source.root).record
         if record is None:  # it was one when the file was read
             raise source.annotations.damaged()
         return record
+
+    def chosen(self, at_M: np.ndarray) -> "Records":
+        """The records at these places."""
+        return Records(self.sources, self.source_N[at_M], self.entry_N[at_M])
 
     def __iter__(self) -> Iterator[Record]:
         return (self[i] for i in range(len(self)))
