@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from grace.config import Recipe, load_recipe
+from grace.data.annotations import open_annotations
 from grace.data.audit import FileAudit, audit_file, by_source
 from grace.data.audit_list import length_print, list_path, require_writable, write_list
 from grace.data.audit_text import format_report, format_stats
@@ -83,9 +84,16 @@ def audits_of(recipe: Recipe, processor: Any, deep: bool, workers: int | None) -
     data = recipe.data
     audits = []
     for path in data_files(recipe):
-        with progress("reading", "MB", 1e6) as read, progress("checking", "records") as check:
-            on = [functools.partial(advance, Path(path).name) for advance in (check, read)]
-            audits.append(audit_file(path, data.image_root, processor, data.max_length, deep, workers, *on))
+        name = Path(path).name
+        with progress("reading", "MB", 1e6) as advance:
+            annotations = open_annotations(Path(path), functools.partial(advance, name))
+        if annotations.note:
+            print(annotations.note, file=sys.stderr)
+        with progress("checking", "records") as advance:
+            on = functools.partial(advance, name)
+            audits.append(
+                audit_file(path, data.image_root, processor, data.max_length, deep, workers, on, annotations)
+            )
     return audits
 
 

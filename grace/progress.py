@@ -16,10 +16,14 @@ def progress(what: str, unit: str, scale: float = 1.0) -> Iterator[Callable[[str
         columns = (
             TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[count]}"), TimeRemainingColumn(),
         )  # fmt: skip
-        with Progress(*columns, console=Console(stderr=True)) as bar:
-            tasks = {}
+        bar: Progress | None = None
+        tasks = {}
+        with contextlib.ExitStack() as stack:
 
             def draw(name: str, done: int, total: int | None) -> None:
+                nonlocal bar
+                if bar is None:  # not before there is something to show
+                    bar = stack.enter_context(Progress(*columns, console=Console(stderr=True)))
                 if name not in tasks:
                     tasks[name] = bar.add_task(f"{what} {name}", total=total, count="")
                 count = _count(done / scale, total and total / scale, unit)

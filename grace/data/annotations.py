@@ -137,7 +137,7 @@ def open_annotations(path: Path, advance: Advance = lambda done, total: None) ->
     if size <= IN_MEMORY:
         return in_memory(path, lambda done: None)
     if importlib.util.find_spec("datasets") is None:
-        note = f"{path} is held in memory ({size / 1e9:.1f} GB): with `pip install datasets` it is mapped from disk"
+        note = f"{path} is held in memory ({size / 1e6:,.0f} MB): with `pip install datasets` it is mapped from disk"
         return in_memory(path, lambda done: advance(done, size), note)
     from grace.data.arrow_table import open_table
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from grace.data.annotations import Advance, Annotations, open_annotations
+from grace.data.annotations import Annotations, open_annotations
 from grace.data.faults import CLASSES, Fault, Policies
 from grace.data.image_check import check_image
 from grace.data.record_parse import Parsed, parse_entry
@@ -91,7 +91,7 @@ def audit_file(
     deep: bool = False,
     workers: int | None = None,
     advance: Callable[[int, int], None] = lambda done, total: None,
-    reading: Advance = lambda done, total: None,
+    annotations: Annotations | None = None,
 ) -> FileAudit:
     """Checks every record of a ShareGPT4V file and every picture it names.
 
@@ -103,13 +103,13 @@ def audit_file(
         deep: decodes every picture, where otherwise headers and tails are read.
         workers: processes; None takes what the machine has and the records are worth.
         advance: called with the number of records done and their total.
-        reading: as `advance` of `open_annotations`.
+        annotations: of the file, if they are open already.
 
     Raises:
         UserError: the file itself cannot be read.
     """
     path = Path(path)
-    annotations = open_annotations(path, reading)
+    annotations = annotations or open_annotations(path)
     root = path.parent if image_root is None else Path(image_root)
     checker = Checker(root, processor, max_length, deep)
     total = len(annotations)
