@@ -19,7 +19,8 @@ from grace.data.annotations import KINDS, TextsInMemory, open_annotations
 from grace.data.faults import Policies
 from grace.data.record_key import text_key
 from grace.data.record_parse import entry_id, parse_entry
-from grace.data.records import Records, load_records, text_keys
+from grace.data.records import Records, load_records, mixture_of, text_keys
+from grace.data.sampler import Mixture
 from grace.errors import UserError
 
 SURROGATE = (
@@ -94,7 +95,8 @@ def test_records_are_a_sequence_made_on_demand(held: str, tmp_path: Path) -> Non
     assert records == list(records) and records != list(records)[:-1] and records[:2] != records[1:3]
     assert text_keys(records) == [text_key(record) for record in records] == text_keys(list(records))
     assert pickle.loads(pickle.dumps(records)) == records
-    both = Records.joined([records, load_records(path, "/p", Policies(["one_sided"]))])
+    both = Records.joined([records, load_records(path, "/p", Policies(["one_sided"]))], [9, 2])
+    assert mixture_of(both) == Mixture((9, 11), (9, 2)) and mixture_of(both[:5]) == Mixture.whole(5)
     assert [record.id for record in both][9:11] == ["r0", "r1"] and both[9].images[0].parent.parent == Path(
         "/p"
     )
