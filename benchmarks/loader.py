@@ -81,7 +81,7 @@ def start_up(path: Path) -> list[dict[str, Any]]:
     rows = []
     for name in ("first", "later"):
         done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=Path(__file__).parent)
-        rows.append({"start": name, **json.loads(done.stdout)})
+        rows.append({"start": name, **json.loads(done.stdout.splitlines()[-1])})
     return rows
 
 

@@ -1,11 +1,11 @@
 """The annotation files of a recipe: one, or several of which an epoch takes different shares."""
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from typing import Any
 
 EXPECTED = "expected a file, or files and weights, such as {a.json: 1, b.json: {weight: 0.1, cap: 5000}}"
+MOST = 1000  # times that an epoch may take a file: more is a slip of the pen
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,8 @@ def _part(value: Any) -> Part:
     path, weight, cap = value["path"], value.get("weight", 1.0), value.get("cap")
     if not isinstance(path, str) or not path.strip():
         raise ValueError(EXPECTED)
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
-        raise ValueError(f"expected a weight above 0 for {path}, got {weight!r}")
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight <= MOST:
+        raise ValueError(f"expected a weight above 0 and at most {MOST} for {path}, got {weight!r}")
     if cap is not None and (isinstance(cap, bool) or not isinstance(cap, int) or cap < 1):
         raise ValueError(f"expected a cap of at least 1 record for {path}, got {cap!r}")
     return Part(path, float(weight), cap)

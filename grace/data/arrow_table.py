@@ -29,8 +29,8 @@ if TYPE_CHECKING:  # takes seconds, and a small file does without
 
 FORMAT = 1
 ENTRIES, INDEX, SUMMARY, COLUMN = "entries.arrow", "index.npz", "table.json", "entry"
-BATCH_ROWS, BATCH_BYTES = 16_384, 64_000_000  # whichever comes first; few batches are quick to map
-READS_HELD = 64  # each maps what the system holds around it, up to 2 MB
+BATCH_ROWS, BATCH_BYTES = 4096, 32_000_000  # whichever comes first; few batches are quick to map
+READS_HELD = 16  # each maps what the system holds around it, up to 2 MB
 
 
 class TextsInTable:

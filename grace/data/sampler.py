@@ -55,11 +55,8 @@ def taken_of(n: int, weight: float, cap: int | None) -> int:
     return wanted if cap is None else min(wanted, cap)
 
 
-@functools.lru_cache(maxsize=16)
 def _permutation(n: int, *seed: int) -> np.ndarray:
-    order = np.random.default_rng(seed).permutation(n)
-    order.flags.writeable = False  # shared by every caller
-    return order
+    return np.random.default_rng(seed).permutation(n)
 
 
 def _stream(n: int, first: int, last: int, part: int, seed: int) -> np.ndarray:
@@ -73,7 +70,7 @@ def _stream(n: int, first: int, last: int, part: int, seed: int) -> np.ndarray:
     return np.concatenate(pieces)
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=2)  # a step may reach into the next epoch
 def _epoch(mixture: Mixture, epoch: int, seed: int) -> np.ndarray:
     parts = zip(mixture.sizes, mixture.takes, mixture.starts, strict=True)
     picks = np.concatenate(
@@ -82,7 +79,7 @@ def _epoch(mixture: Mixture, epoch: int, seed: int) -> np.ndarray:
             for part, (size, take, start) in enumerate(parts)
         ]
     )
-    if len(mixture.sizes) > 1:  # the stream of a single part is in no order already
+    if len(mixture.sizes) > 1:  # a single part's stream is shuffled as it is
         picks = picks[_permutation(len(picks), seed, epoch, _SHUFFLE)]
     picks.flags.writeable = False  # shared by every caller
     return picks
