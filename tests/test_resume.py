@@ -42,6 +42,7 @@ def overrides(
 def run_in_child(arguments: list[str], log: str) -> None:
     """A whole process of `python -m grace.train`, for a server that has imported it already."""
     torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # of loaders: as a process that nobody served
     with open(log, "a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
