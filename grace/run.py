@@ -27,6 +27,7 @@ from grace.models.placement import load_teacher, teacher_devices
 from grace.models.processor import load_processor
 from grace.quant.fake_quant import Kernels, TorchKernels, use_kernels
 from grace.step import Objective, StudentWithLoss, row_kernel
+from grace.watch import Watch
 
 RECIPE_FILE = "recipe.yaml"
 
@@ -37,6 +38,7 @@ RESUME_MAY_CHANGE = (
     "run.keep_last",
     "run.wandb",
     "run.wandb_project",
+    "run.wandb_model",
     "data.num_workers",
     "data.accept",
     "data.audit",
@@ -59,6 +61,7 @@ class Run:
     total_steps: int
     base_config: Any
     kernels: str  # torch | triton
+    watch: Watch
     cache: TeacherCache | None = None  # in place of a teacher
     step: int = 0
     validation: dict[str, float] | None = None
@@ -130,6 +133,7 @@ def set_up(
         steps,
         base_config,
         kernels,
+        Watch(recipe, accelerator, model, teacher, optimizer),
         cache,
     )
 
@@ -222,6 +226,7 @@ def make_optimizer(model: torch.nn.Module, recipe: Recipe) -> torch.optim.AdamW:
     rates = {"matrices": 1.0, "vectors": 1.0, "scales": recipe.quant.scale_lr_multiplier}
     settings = [
         {
+            "name": kind,
             "params": parameters,
             "lr": optim.lr * rates[kind],
             "base_lr": optim.lr * rates[kind],

@@ -29,7 +29,7 @@ def save_resume_state(run: Run, tracker: Tracker, run_dir: Path) -> None:
     }
     state = {"controller": run.controller.state_dict(), "window": tracker.state(), "validation": run.validation}  # fmt: skip
     rng = {"torch": torch.get_rng_state()}
-    tensors = {"trainable": trainable, "optimizer": moments, "rng": rng}
+    tensors = {"trainable": trainable, "optimizer": moments, "rng": rng, "watch": run.watch.state()}
     checkpoint.save_checkpoint(run_dir, run.step, tensors, state, run.recipe.run.keep_last)
 
 
@@ -53,6 +53,7 @@ def resume(run: Run, tracker: Tracker, run_dir: Path) -> None:
                 if moments:
                     run.optimizer.state[parameter] = moments
     run.controller.load_state_dict(saved.state["controller"])
+    run.watch.load_state(saved.tensors.get("watch", {}))
     run.validation = saved.state["validation"]
     run.step = saved.step
     torch.set_rng_state(saved.tensors["rng"]["torch"])

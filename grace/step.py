@@ -10,12 +10,13 @@ import contextlib
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from grace import step_stats
 from grace.data.batch import Batch
 from grace.distill.cached import CachedSignals
 from grace.distill.fused import RowKernel
@@ -62,7 +63,13 @@ class StepCounts:
 
 @dataclass(frozen=True)
 class StepResult:
-    """Global means of one optimizer step (floats), before the optimizer moved."""
+    """Global means of one optimizer step (floats), before the optimizer moved.
+
+    Attributes:
+        gates: `gate_sums` of the step.
+        images: `image_stats` of the step.
+        work: what `forward_backward` was given, added up over ranks.
+    """
 
     total: float
     ce: float
@@ -70,6 +77,9 @@ class StepResult:
     rcka: float
     degenerate_images: float
     counts: StepCounts
+    gates: Sequence[float] = ()
+    images: step_stats.Stats = field(default_factory=dict)
+    work: Sequence[float] = ()
 
 
 def row_kernel(kernels: str) -> RowKernel:
@@ -111,12 +121,13 @@ class StudentWithLoss(nn.Module):
         head_VE: Tensor | None,
         counts: StepCounts,
         weights: Weights,
-    ) -> tuple[Tensor, Tensor]:
-        """Returns the micro-batch's share of the step's loss, and detached sums [ce, kd, rcka, degenerate]."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The micro-batch's share of the step's loss, detached sums [ce, kd, rcka, degenerate], and `image_sums`."""
         if batch is None:  # this rank has fewer micro-batches: keep the collectives in step
             nothing = sum(p.sum() * 0.0 for p in self.model.parameters() if p.requires_grad)
             assert isinstance(nothing, Tensor)
-            return nothing, torch.zeros(4, dtype=torch.float64, device=nothing.device)
+            zeros = torch.zeros(4, dtype=torch.float64, device=nothing.device)
+            return nothing, zeros, step_stats.no_image_sums(nothing.device)
         hidden = qwen3vl.hidden_states(self.model, batch)
         hidden_TD, targets_T = supervised(hidden.final_BLD, batch.labels_BL)
         student_visual: tuple[Tensor, ...] = ()
@@ -144,7 +155,7 @@ class StudentWithLoss(nn.Module):
         sums = torch.stack(
             [t.double() for t in (parts.ce_sum, parts.kd_sum, parts.rcka_sum, parts.degenerate)]
         )
-        return total, sums
+        return total, sums, step_stats.image_sums(parts)
 
 
 @torch.inference_mode()
@@ -198,19 +209,25 @@ def run_teacher(
 
 
 def count_step(
-    accelerator: Accelerator, batches: Sequence[Batch | None], signals: Sequence[Signals | None]
-) -> StepCounts:
-    """Sums tokens, gates and usable images over the step; one unconditional collective."""
-    sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
+    accelerator: Accelerator,
+    batches: Sequence[Batch | None],
+    signals: Sequence[Signals | None],
+    work: Sequence[float] = (),
+) -> tuple[StepCounts, list[float], list[float]]:
+    """Sums tokens, usable images, `gate_sums` and `work` over the step; one unconditional collective."""
+    sums = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
+    gates = torch.zeros(2 + step_stats.GATE_BINS, dtype=torch.float64, device=accelerator.device)
     for batch in batches:
         if batch is not None:
             sums[0] += supervised_tokens(batch)
     for signal in signals:
         if signal is not None:
-            sums[1] += signal.gate_T.double().sum()
-            sums[2] += signal.image_count
-    tokens, gate_sum, images = reduce_sum(accelerator, sums).tolist()
-    return StepCounts(max(tokens, 1.0), max(gate_sum, 1e-12), max(images, 1.0))
+            sums[1] += signal.image_count
+            gates += step_stats.gate_sums(signal.gate_T)
+    done = torch.tensor(work, dtype=torch.float64, device=accelerator.device)
+    tokens, images, *rest = reduce_sum(accelerator, torch.cat([sums, gates, done])).tolist()
+    counts = StepCounts(max(tokens, 1.0), max(rest[0], 1e-12), max(images, 1.0))
+    return counts, rest[: 2 + step_stats.GATE_BINS], rest[2 + step_stats.GATE_BINS :]
 
 
 def supervised_tokens(batch: Batch) -> Tensor:
@@ -241,6 +258,7 @@ def forward_backward(
     weights: Weights,
     kind: str,
     head_VE: Tensor | None = None,
+    work: Sequence[float] = (),
 ) -> StepResult:
     """Accumulates the step's gradients into the student; the caller moves the optimizer.
 
@@ -248,30 +266,36 @@ def forward_backward(
         batches: this rank's micro-batches.
         signals: the teacher's side of each (`run_teacher`, or from a cache), or None.
         head_VE: the teacher's head; None with cached signals.
+        work: numbers of this rank to be added up over ranks.
 
     Raises:
         NonFiniteLoss: names the records of the micro-batches concerned.
     """
-    counts = count_step(accelerator, batches, signals)
+    counts, gates, all_work = count_step(accelerator, batches, signals, work)
     if not math.isfinite(counts.gate_sum):
         raise NonFiniteLoss(
             f"the teacher's output is not finite; records concerned: {non_finite(batches, signals)}"
         )
     sums = torch.zeros(4, dtype=torch.float64, device=accelerator.device)
+    seen = step_stats.no_image_sums(accelerator.device)
     suspects: list[str] = []
     for index, (batch, signal) in enumerate(zip(batches, signals, strict=True)):
         last = index == len(batches) - 1
         with contextlib.nullcontext() if last else accelerator.no_sync(student):
-            total, part_sums = student(batch, signal, head_VE, counts, weights)
+            total, part_sums, part_seen = student(batch, signal, head_VE, counts, weights)
             # Data-parallel wrappers average gradients over ranks; our normalisers are global already.
             accelerator.backward(total * accelerator.num_processes)
         if batch is not None and not bool(torch.isfinite(part_sums).all()):
             suspects.extend(batch.record_ids)
         sums += part_sums
-    ce_sum, kd_sum, rcka_sum, degenerate = reduce_sum(accelerator, sums).tolist()
+        seen = step_stats.add_image_sums(seen, part_seen)
+    slots = step_stats.in_slots(seen, accelerator.process_index, accelerator.num_processes)
+    ce_sum, kd_sum, rcka_sum, degenerate, *images = reduce_sum(accelerator, torch.cat([sums, slots])).tolist()
     kd_norm = counts.gate_sum if kind == "gdkd" else counts.tokens
     ce, kd, rcka = ce_sum / counts.tokens, kd_sum / kd_norm, rcka_sum / counts.images
-    result = StepResult(ce + weights.beta * kd + weights.omega * rcka, ce, kd, rcka, degenerate, counts)
+    total_loss = ce + weights.beta * kd + weights.omega * rcka
+    cka = step_stats.image_stats(images, rcka_sum)
+    result = StepResult(total_loss, ce, kd, rcka, degenerate, counts, gates, cka, all_work)
     if not torch.isfinite(torch.tensor([ce, kd, rcka])).all():
         raise NonFiniteLoss(
             f"the loss is not finite (ce {ce}, kd {kd}, rcka {rcka}); records of this batch: {suspects}"

@@ -10,8 +10,8 @@ directory ends with `model/`: a QAT checkpoint when quantization is on, else a p
 import math
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +31,13 @@ from grace.models import qwen3vl
 from grace.models.processor import load_processor
 from grace.run import Run, claimed, make_accelerator, set_up, total_steps
 from grace.run_data import load_run_data, require_same_on_all_ranks
+from grace.run_info import announce, publish_model
 from grace.run_save import resume, save_final_model, save_resume_state
 from grace.step import NonFiniteLoss, Signals, Weights, forward_backward, reduce_sum, run_teacher
 from grace.step_inputs import StepBatches, StepInputs
+from grace.step_stats import Stats, gate_stats, padding_share
 from grace.tracking import Tracker
+from grace.watch import HISTOGRAM_EDGES, controller_values
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -88,15 +91,19 @@ def train(recipe: Recipe) -> Path:
         cached = recipe.distils and recipe.teacher.cache is not None
         cache = open_cache(recipe, processor, records) if cached else None
         run = set_up(recipe, accelerator, processor.tokenizer, total_steps(recipe, len(records)), cache)
-        tracker = Tracker(run_dir, run.total_steps, recipe.run.log_every, accelerator.is_main_process)
+        tracker = Tracker(
+            run_dir, run.total_steps, recipe.run.log_every, accelerator.is_main_process,
+            HISTOGRAM_EDGES, run.watch.peak,
+        )  # fmt: skip
         resume(run, tracker, run_dir)
-        tracker.start_wandb(recipe.run.wandb, recipe.run.wandb_project, asdict(recipe))
+        announce(tracker, recipe, accelerator)
         try:
             loop(run, tracker, records, validation, processor)
+            if accelerator.is_main_process:
+                save_final_model(run, run_dir)
+                publish_model(tracker, recipe, run.validation)
         finally:
             tracker.finish()
-        if accelerator.is_main_process:
-            save_final_model(run, run_dir)
         accelerator.wait_for_everyone()
     return run_dir / "model"
 
@@ -115,25 +122,54 @@ def loop(
         StepBatches(run, records, processor), batch_size=1, collate_fn=_first, sampler=steps,  # type: ignore[arg-type]
         num_workers=run.recipe.data.num_workers,
     )  # fmt: skip
-    for step, inputs in zip(steps, loader, strict=True):
+    for step, (inputs, waited) in zip(steps, timed(loader), strict=True):
         if isinstance(inputs, UserError):
             raise inputs
-        values, tokens = one_step(run, inputs.to(device), step)
+        due = tracker.due(step + 1)
+        values, measured, totals = one_step(run, inputs.to(device), step, waited, due)
         if step == steps.start:  # not before: a picture that cannot be read stays one line
             run.accelerator.print(f"kernels: {run.kernels}", file=sys.stderr)
         run.step = step + 1
-        tracker.add(run.step, values, tokens)
+        tracker.add(run.step, values, measured=measured, **totals)
         finished = run.step == run.total_steps
-        if validation and (finished or (settings.eval_every and run.step % settings.eval_every == 0)):
-            validate(run, tracker, validation, processor)
+        if finished or (settings.eval_every and run.step % settings.eval_every == 0):
+            with tracker.aside():
+                look_closer(run, tracker, validation, processor)
         if finished or run.step % settings.save_every == 0:
             if run.accelerator.is_main_process:
                 save_resume_state(run, tracker, Path(settings.output_dir))
             run.accelerator.wait_for_everyone()
 
 
-def one_step(run: Run, inputs: StepInputs, step: int) -> tuple[dict[str, float], float]:
-    """One optimizer step; returns the values to log and the number of supervised tokens."""
+def timed(loader: Iterable[Any]) -> Iterator[tuple[Any, float]]:
+    """Each item, and the seconds that it was waited for."""
+    start = time.perf_counter()
+    for item in loader:
+        yield item, time.perf_counter() - start
+        start = time.perf_counter()
+
+
+def look_closer(run: Run, tracker: Tracker, validation: Sequence[Record], processor: Any) -> None:
+    """Logs what is too much for every window, and validates."""
+    if layers := run.watch.snr_by_layer():
+        tracker.log(run.step, layers)
+    if validation:
+        validate(run, tracker, validation, processor)
+
+
+def one_step(
+    run: Run, inputs: StepInputs, step: int, waited: float = 0.0, due: bool = False
+) -> tuple[Stats, dict[str, float | None], dict[str, float]]:
+    """One optimizer step.
+
+    Args:
+        waited: seconds that the inputs took to come.
+        due: this step ends a log window.
+
+    Returns:
+        The values of this step, what was measured for the log line (nothing unless `due`), and counts whose
+        rates are of interest.
+    """
     options, optim = run.recipe.distill, run.recipe.optim
     omega = options.rcka_weight * min(1.0, (step + 1) / max(1, options.rcka_warmup_steps))
     weights = Weights(beta=run.controller.beta if options.loss != "none" else 0.0, omega=omega)
@@ -143,15 +179,17 @@ def one_step(run: Run, inputs: StepInputs, step: int) -> tuple[dict[str, float],
     run.optimizer.zero_grad(set_to_none=True)
     signals, head_VE = teacher_side(run, inputs)
     result = forward_backward(
-        run.accelerator, run.student, inputs.student, signals, weights, options.loss, head_VE
-    )
+        run.accelerator, run.student, inputs.student, signals, weights, options.loss, head_VE,
+        [*inputs.work, waited],
+    )  # fmt: skip
     trainable = [p for group in run.optimizer.param_groups for p in group["params"]]
+    norms = run.watch.grad_norms() if due else {}
     norm = float(run.accelerator.clip_grad_norm_(trainable, optim.max_grad_norm))  # type: ignore[arg-type]
     if not math.isfinite(norm):
         names = [record_id for batch in inputs.student if batch is not None for record_id in batch.record_ids]
         raise NonFiniteLoss(f"the gradient is not finite at step {step + 1}; records of this step: {names}")
     run.optimizer.step()
-    values = {
+    values: Stats = {
         "loss/total": result.total,
         "loss/ce": result.ce,
         "optim/lr": optim.lr * factor,
@@ -160,12 +198,22 @@ def one_step(run: Run, inputs: StepInputs, step: int) -> tuple[dict[str, float],
     if run.recipe.distils:
         values |= {
             "loss/gdkd": result.kd, "loss/rcka": result.rcka, "ib/beta": weights.beta, "rcka/omega": omega,
-            "rcka/degenerate_images": result.degenerate_images, "gate/mean": result.counts.gate_sum / result.counts.tokens,
+            "rcka/degenerate_images": result.degenerate_images,
+            **gate_stats(result.gates, run.objective.vocabulary), **result.images,
         }  # fmt: skip
         if options.loss != "none":
             run.controller.update(result.kd)
             values["ib/ema"] = run.controller.m if run.controller.m is not None else result.kd
-    return values, result.counts.tokens
+    *work, all_waited = result.work
+    totals = run.watch.totals(work, result.counts.tokens) | {
+        "waited": all_waited / run.accelerator.num_processes
+    }
+    values["data/padding_share"] = padding_share(work)
+    measured: dict[str, float | None] = {}
+    if due:
+        measured = run.watch.measure(norms)
+        measured |= controller_values(run.controller) if options.loss != "none" else {}
+    return values, measured, totals
 
 
 def teacher_side(run: Run, inputs: StepInputs) -> tuple[Sequence[Signals | None], Tensor | None]:

@@ -167,6 +167,8 @@ def test_offline_run_holds_history_and_a_sample_table(
     for name in ("WANDB_MODE", "WANDB_DIR", "WANDB_RUN_ID", "WANDB_DISABLED"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "staging"))  # else pictures go to the home directory
+    import wandb
+
     tracker = started(tmp_path, total=2, every=1)
     tracker.start_wandb("offline", "grace", {"optim": {"lr": 0.5}})
     assert tracker.run is not None
@@ -176,6 +178,7 @@ def test_offline_run_holds_history_and_a_sample_table(
     tracker.log_samples(2, rows)
     tracker.log(2, {"val/ce": 1.5})
     tracker.finish()
+    wandb.teardown()  # its service writes the file out
     records = offline_records(tmp_path)
     history = [
         {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
