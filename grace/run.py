@@ -26,10 +26,9 @@ from grace.models import qwen3vl
 from grace.models.placement import load_teacher, teacher_devices
 from grace.models.processor import load_processor
 from grace.quant.fake_quant import Kernels, TorchKernels, use_kernels
+from grace.run_files import RECIPE_FILE
 from grace.step import Objective, StudentWithLoss, row_kernel
 from grace.watch import Watch
-
-RECIPE_FILE = "recipe.yaml"
 
 # Settings that may differ between the two halves of an interrupted run: they do not touch its numbers.
 RESUME_MAY_CHANGE = (

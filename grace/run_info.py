@@ -16,10 +16,8 @@ from grace import tracking_wandb
 from grace.config import Recipe
 from grace.data.audit_list import list_path, summary_path
 from grace.files import write_text
-from grace.run import RECIPE_FILE
+from grace.run_files import ENVIRONMENT_FILE, RECIPE_FILE
 from grace.tracking import Tracker
-
-ENVIRONMENT_FILE = "environment.json"
 
 
 def git_revision(folder: Path | None = None) -> str | None:
@@ -58,7 +56,7 @@ def announce(tracker: Tracker, recipe: Recipe, accelerator: Accelerator) -> None
     """Writes `environment.json`, starts W&B, and gives it recipe, environment and the data audit's summary."""
     if not accelerator.is_main_process:
         return
-    known = environment(accelerator)
+    known = {**environment(accelerator), "total_steps": tracker.total_steps}
     write_text(tracker.run_dir / ENVIRONMENT_FILE, json.dumps(known, indent=1) + "\n")
     tracker.start_wandb(recipe.run.wandb, recipe.run.wandb_project, {**asdict(recipe), "environment": known})
     if tracker.run is None:

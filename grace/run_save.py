@@ -15,7 +15,8 @@ from grace.config import recipe_hash, to_yaml
 from grace.files import write_text
 from grace.models import qwen3vl
 from grace.quant.grid import dequantize
-from grace.run import RECIPE_FILE, Run
+from grace.run import Run
+from grace.run_files import RECIPE_FILE
 from grace.tracking import Tracker
 
 

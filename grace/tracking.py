@@ -18,8 +18,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from grace import tracking_wandb
 from grace.files import write_text
+from grace.run_files import METRICS_FILE
 
-METRICS_FILE = "metrics.jsonl"
 Values = Mapping[str, float | Sequence[float] | None]
 _RATES = {"tokens": "tokens_per_s", "waited": "perf/data_wait"}
 _SHOWN = ("loss/total", "loss/ce", "loss/gdkd", "loss/rcka", "ib/beta", "tokens_per_s")

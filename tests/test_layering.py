@@ -14,11 +14,11 @@ FLOOR = {"errors", "files"}
 LEAVES = {"config", "data", "models", "quant", "distill", "kernels", "checkpoint", "tracking"}
 TRAINING = {"train", "run", "step", "plan", "teacher_cache"}
 ASSEMBLERS = TRAINING | {"export", "runtime", "evaluation"}
-COMMANDS = {"cli", "demo", "__main__"}
+COMMANDS = {"cli", "demo", "report", "__main__"}
 # Files split off a part of another name.
 BELONGS_TO = {
     "recipe_check": "config", "plan_memory": "plan", "plan_text": "plan", "run_save": "run", "run_data": "run",
-    "run_info": "run", "watch": "run", "step_stats": "step", "tracking_wandb": "tracking", "step_inputs": "train", "cache_settings": "teacher_cache",
+    "run_files": "files", "run_info": "run", "watch": "run", "step_stats": "step", "tracking_wandb": "tracking", "step_inputs": "train", "cache_settings": "teacher_cache",
     "cli_args": "cli", "cli_data": "cli", "cli_audit": "cli",
 }  # fmt: skip
 # Leaves that may import another: models wrap linears with quant's module class.

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from grace.tracking import METRICS_FILE, Tracker, rewind_metrics
+from grace.run_files import METRICS_FILE
+from grace.tracking import Tracker, rewind_metrics
 
 
 def lines(run_dir: Path) -> list[dict]:
