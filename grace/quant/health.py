@@ -53,16 +53,17 @@ class QuantHealth:
 
     Args:
         layers: by name; their scales are taken to be those of the start of training.
+        sampled: weights of a layer that are looked at, about.
     """
 
-    def __init__(self, layers: Mapping[str, QuantLinear]):
-        self.layers = dict(layers)
+    def __init__(self, layers: Mapping[str, QuantLinear], sampled: int = SAMPLED):
+        self.layers, self.sampled = dict(layers), sampled
         self.theta_0: dict[str, Tensor] = {}
         self.codes: dict[str, Tensor] = {}
         for name, layer in self.layers.items():
-            _, theta_OG = _looked_at(layer)
+            weight_OGS, theta_OG = _looked_at(layer, self.sampled)
             self.theta_0[name] = theta_OG.clone()
-            self.codes[name] = _codes(layer)[0]
+            self.codes[name] = _codes(weight_OGS, theta_OG, layer.bits)[0]
 
     @torch.no_grad()
     def sums(self, remember: bool = True) -> Tensor:
@@ -75,8 +76,8 @@ class QuantHealth:
         """
         rows = []
         for name, layer in self.layers.items():
-            weight_OGS, theta_OG = _looked_at(layer)
-            codes_OGS, noise, clipped = _codes(layer, measured=True)
+            weight_OGS, theta_OG = _looked_at(layer, self.sampled)
+            codes_OGS, noise, clipped = _codes(weight_OGS, theta_OG, layer.bits, measured=True)
             flipped = (codes_OGS != self.codes[name]).sum()
             drift = (theta_OG - self.theta_0[name]).abs().sum(dtype=torch.float64) * layer.group_size
             if remember:
@@ -117,19 +118,20 @@ def _rows_here(tensor: Tensor) -> Tensor:
     return tensor.detach() if local is None else local().detach()
 
 
-def _looked_at(layer: QuantLinear) -> tuple[Tensor, Tensor]:
+def _looked_at(layer: QuantLinear, sampled: int) -> tuple[Tensor, Tensor]:
     """Weight [O, G, S] and theta [O, G] of the rows of the sample: views."""
     weight_OI, theta_OG = _rows_here(layer.weight), _rows_here(layer.theta)
     if not weight_OI.numel():  # the whole layer is elsewhere
         return weight_OI.new_zeros(0, 1, layer.group_size), theta_OG.new_zeros(0, 1)
-    step = max(1, math.ceil(weight_OI.numel() / SAMPLED))
+    step = max(1, math.ceil(weight_OI.numel() / sampled))
     return grid.grouped(weight_OI[::step], layer.group_size), theta_OG[::step]
 
 
-def _codes(layer: QuantLinear, measured: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes [O, G, S] int8, sum (W - W_hat)^2, and how many are clipped (0 unless `measured`)."""
-    weight_OGS, theta_OG = _looked_at(layer)
-    low, high = grid.code_range(layer.bits)
+def _codes(
+    weight_OGS: Tensor, theta_OG: Tensor, bits: int, measured: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes [O, G, S] int8, sum (W - W_hat)^2, and how many are clipped (both 0 unless `measured`)."""
+    low, high = grid.code_range(bits)
     weight_OGS, scale_OG = weight_OGS.float(), grid.snapped_scale(theta_OG)
     ratio_OGS = grid.rounded_ratio(weight_OGS, scale_OG)
     codes_OGS = ratio_OGS.clamp(low, high)

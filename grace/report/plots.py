@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from matplotlib.axes import Axes
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 
 from grace.report.read import RunLog, number, series
@@ -124,7 +125,7 @@ def _draw_curve(axis: Axes, runs: Sequence[RunLog], curve: Curve) -> None:
     axis.set_title(curve.title, fontsize=10)
     axis.set_xlabel("step", fontsize=9)
     axis.grid(alpha=0.3)
-    if curve.from_zero and axis.get_ylim()[0] > 0:
+    if curve.from_zero and all(value >= 0 for run in runs for value in _points(run, curve)[1]):
         axis.set_ylim(bottom=0)
 
 
@@ -146,7 +147,8 @@ def draw_histograms(run: RunLog) -> Figure | None:
         columns = [[row[bin] for row in rows] for bin in range(len(rows[0]))]
         edges = [low + (high - low) * i / len(columns) for i in range(len(columns) + 1)]
         before = [max(0, steps[0] - (steps[1] - steps[0] if len(steps) > 1 else 1)), *steps]
-        mesh = axis.pcolormesh(before, edges, columns, cmap="viridis", vmin=0, rasterized=True)
+        scale = PowerNorm(0.4, vmin=0)  # rare bins show beside the one that holds nearly all
+        mesh = axis.pcolormesh(before, edges, columns, cmap="viridis", norm=scale, rasterized=True)
         figure.colorbar(mesh, ax=axis)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("step", fontsize=9)
