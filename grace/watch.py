@@ -102,9 +102,8 @@ class Watch:
             values["perf/device_memory_gib"] = device
         values |= dict(zip(norms, numbers[len(joined) :], strict=True))
         if self.quant is not None:
-            values |= health_values(
-                self.quant.health(torch.tensor(numbers[2 * ranks : len(joined)]).view(-1, 6))
-            )
+            table = torch.tensor(numbers[2 * ranks : len(joined)], dtype=torch.float64).view(-1, 6)
+            values |= health_values(self.quant.health(table))
         return values
 
     def snr_by_layer(self) -> dict[str, float | None]:
