@@ -1,6 +1,7 @@
 """What a run's log holds beside its losses, taken from a real one, and against its own checkpoint."""
 
 import json
+import re
 import subprocess
 from pathlib import Path
 
@@ -143,6 +144,16 @@ def test_revision_says_whether_files_were_changed(tmp_path):
     assert clean is not None and len(clean) == 40
     (tmp_path / "file").write_text("2")
     assert run_info.git_revision(tmp_path) == f"{clean}-dirty"
+
+
+def test_every_name_is_documented():
+    """`recipes/METRICS.md` names what a run logs, and nothing else."""
+    text = (Path(__file__).parents[1] / "recipes" / "METRICS.md").read_text()
+    cells = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
+    named = [name for cell in cells for name in re.findall("`([^`]+)`", cell)]
+    rest = {"rcka/omega", "grad_norm/scales", "quant/snr/LAYER", "perf/device_memory_gib"}
+    validated = {"val/ce", "val/exact_match", "val/exact_match_se", "val/turns"}
+    assert sorted(named) == sorted(ALWAYS | DISTILLED | QUANTIZED | rest | validated)
 
 
 def test_small_things():
