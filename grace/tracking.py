@@ -54,7 +54,8 @@ class Tracker:
         self.window: dict[str, Any] = {}
         self.window_counts: dict[str, int] = {}
         self.window_totals: dict[str, float] = {}
-        self.window_start = time.perf_counter()
+        self.first_step, self.start_time = 0, time.perf_counter()
+        self.window_start = self.start_time
         self.run: Any = None
         self.progress: Progress | None = None
 
@@ -117,10 +118,11 @@ class Tracker:
 
     @contextlib.contextmanager
     def aside(self) -> Iterator[None]:
-        """What happens inside is not training: it does not count as the window's time."""
+        """What happens inside is not training: it does not count as its time."""
         start = time.perf_counter()
         yield
-        self.window_start += time.perf_counter() - start
+        spent = time.perf_counter() - start
+        self.window_start, self.start_time = self.window_start + spent, self.start_time + spent
 
     def add(
         self, step: int, values: Values, tokens: float, measured: Values | None = None, **totals: float

@@ -96,7 +96,8 @@ def train(recipe: Recipe) -> Path:
             HISTOGRAM_EDGES, run.watch.peak,
         )  # fmt: skip
         resume(run, tracker, run_dir)
-        announce(tracker, recipe, accelerator)
+        with tracker.aside():  # W&B may take its time
+            announce(tracker, recipe, accelerator)
         try:
             loop(run, tracker, records, validation, processor)
             if accelerator.is_main_process:
