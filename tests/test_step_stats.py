@@ -36,7 +36,6 @@ def test_gates():
     assert found["gate/histogram"] == pytest.approx((expected / 6).tolist())
     assert found["gate/mean"] == pytest.approx(gates.mean().item())
     assert found["teacher/entropy"] == pytest.approx((-gates.log() * math.log(512)).mean().item(), rel=1e-5)
-    assert found["teacher/entropy"] > 0
 
 
 def test_no_tokens_tell_nothing():

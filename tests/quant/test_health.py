@@ -19,8 +19,8 @@ def layer(rows: int, columns: int, seed: int = 0, bits: int = 4) -> QuantLinear:
 def move(one: QuantLinear, seed: int = 7) -> None:
     torch.manual_seed(seed)
     with torch.no_grad():
-        one.weight += 0.3 * one.weight.std() * torch.randn_like(one.weight)
-        one.theta += 0.1 * torch.randn_like(one.theta)
+        one.weight.add_(0.3 * one.weight.std() * torch.randn_like(one.weight))
+        one.theta.add_(0.1 * torch.randn_like(one.theta))
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
@@ -112,7 +112,7 @@ def test_halves_of_a_sharded_layer_add_up_to_it():
     whole, parts = QuantHealth({"one": one}), [QuantHealth({"one": half}) for half in halves]
     with torch.no_grad():
         for target in (one, *halves):
-            target.theta += 0.2
+            target.theta.add_(0.2)
     joined = parts[0].health(parts[0].sums() + parts[1].sums()).layers["one"]
     alone = whole.health(whole.sums()).layers["one"]
     assert vars(joined) == pytest.approx(vars(alone), rel=1e-6)
@@ -120,7 +120,7 @@ def test_halves_of_a_sharded_layer_add_up_to_it():
 
 def test_layer_of_which_nothing_is_here():
     one = layer(8, 64)
-    one.weight.data, one.theta.data = torch.empty(0), torch.empty(0)
+    one.weight, one.theta = nn.Parameter(torch.empty(0)), nn.Parameter(torch.empty(0))
     watched = QuantHealth({"one": one})
     found = watched.health(watched.sums())
     assert found.together is None and found.layers == {}
