@@ -1,6 +1,6 @@
 """The `grace` command. Every import of an implementation waits until its sub-command runs.
 
-grace demo | data ... | train | teacher-cache | export | generate | inspect
+grace demo | data ... | train | report | teacher-cache | export | generate | inspect
 """
 
 import argparse
@@ -49,6 +49,7 @@ def build_parser() -> Parser:
         _add_demo,
         add_data,
         _add_train,
+        _add_report,
         _add_teacher_cache,
         _add_export,
         _add_generate,
@@ -87,6 +88,16 @@ def _add_train(commands: "argparse._SubParsersAction[Parser]") -> None:
         "--allow-changed", action="append", default=[], metavar="section.key",
         help="go on with an interrupted run although this field has changed",
     )  # fmt: skip
+
+
+def _add_report(commands: "argparse._SubParsersAction[Parser]") -> None:
+    summary = "Draw a training run, or several against each other, into one HTML page."
+    parser = _add(commands, "report", summary, _report, "report")
+    parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="a run directory, finished or not")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="default: report.html, in the run or, for several, here"
+    )
+    _add_json(parser)
 
 
 def _add_teacher_cache(commands: "argparse._SubParsersAction[Parser]") -> None:
@@ -174,6 +185,12 @@ def _train(args: argparse.Namespace) -> int:
 
     options = [option for name in args.allow_changed for option in ("--allow-changed", name)]
     return train([args.recipe, *args.overrides, *(["--dry-run"] if args.dry_run else []), *options])
+
+
+def _report(args: argparse.Namespace) -> int:
+    from grace.report.command import run_report
+
+    return run_report(args)
 
 
 def _teacher_cache(args: argparse.Namespace) -> int:

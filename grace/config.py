@@ -146,6 +146,7 @@ class Run:
     eval_samples: int = number("[0, inf)", default=8)
     wandb: Literal["online", "offline", "disabled"] = "disabled"
     wandb_project: str = "grace"
+    wandb_model: bool = False  # uploads the finished model; else W&B is told of its place alone
 
 
 @dataclass(frozen=True)

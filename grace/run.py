@@ -29,9 +29,9 @@ from grace.models.processor import load_processor
 from grace.parallel import Replicas, placed
 from grace.quant.fake_quant import Kernels, TorchKernels, use_kernels
 from grace.recipe_check import require_field
+from grace.run_files import RECIPE_FILE
 from grace.student import Objective, StudentWithLoss, row_kernel
-
-RECIPE_FILE = "recipe.yaml"
+from grace.watch import Watch
 
 # Settings that may differ between the two halves of an interrupted run: they do not touch its numbers.
 RESUME_MAY_CHANGE = (
@@ -40,6 +40,7 @@ RESUME_MAY_CHANGE = (
     "run.keep_last",
     "run.wandb",
     "run.wandb_project",
+    "run.wandb_model",
     "data.num_workers",
     "data.accept",
     "data.audit",
@@ -61,6 +62,7 @@ class Run:
     total_steps: int
     base_config: Any
     kernels: str  # torch | triton
+    watch: Watch
     cache: TeacherCache | None = None  # in place of a teacher
     records: str = ""  # digest of which records are trained on
     step: int = 0
@@ -106,7 +108,8 @@ def set_up(
     student = StudentWithLoss(model, objective, compute_dtype(recipe))
     parallel = placed(accelerator, student, lambda m: make_optimizer(m, recipe), recipe.optim.max_grad_norm)
     return Run(
-        recipe, accelerator, model, parallel, teacher, controller, objective, steps, base_config, kernels, cache
+        recipe, accelerator, model, parallel, teacher, controller, objective, steps, base_config, kernels,
+        Watch(recipe, accelerator, model, teacher, parallel.optimizer), cache,
     )  # fmt: skip
 
 
@@ -203,6 +206,7 @@ def make_optimizer(model: torch.nn.Module, recipe: Recipe) -> torch.optim.AdamW:
     rates = {"matrices": 1.0, "vectors": 1.0, "scales": recipe.quant.scale_lr_multiplier}
     settings = [
         {
+            "name": kind,
             "params": parameters,
             "lr": optim.lr * rates[kind],
             "base_lr": optim.lr * rates[kind],

@@ -18,8 +18,10 @@ from grace.config import recipe_hash, to_yaml
 from grace.errors import UserError
 from grace.files import write_text
 from grace.models import qwen3vl
+from grace.parallel import Replicas
 from grace.quant.grid import dequantize, quantize
-from grace.run import RECIPE_FILE, Run
+from grace.run import Run
+from grace.run_files import RECIPE_FILE
 from grace.tracking import Tracker
 
 
@@ -42,7 +44,7 @@ def save_resume_state(run: Run, tracker: Tracker, saver: CheckpointSaver, score:
         "records": run.records,
     }  # fmt: skip
     rng = {"torch": torch.get_rng_state()}
-    tensors = {"trainable": trainable, "optimizer": moments, "rng": rng}
+    tensors = {"trainable": trainable, "optimizer": moments, "rng": rng, "watch": run.watch.state()}
     saver.save(run.step, tensors, state, score)
 
 
@@ -67,6 +69,8 @@ def resume(run: Run, tracker: Tracker, run_dir: Path, allow_changed: Sequence[st
         )
     run.parallel.load(saved.tensors["trainable"], saved.tensors["optimizer"])
     run.controller.load_state_dict(saved.state["controller"])
+    if type(run.parallel) is Replicas:  # elsewhere each process watches rows of its own
+        run.watch.load_state(saved.tensors.get("watch", {}))
     run.validation = saved.state["validation"]
     run.step = saved.step
     torch.set_rng_state(saved.tensors["rng"]["torch"])

@@ -9,12 +9,13 @@ Shape suffixes: T supervised tokens, E teacher width, V vocabulary.
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from grace import step_stats
 from grace.data.batch import Batch
 from grace.distill.teacher import IGNORE_INDEX, TeacherSignals, supervised, teacher_signals
 from grace.models import qwen3vl
@@ -28,7 +29,13 @@ class NonFiniteLoss(RuntimeError):
 
 @dataclass(frozen=True)
 class StepResult:
-    """Global means of one optimizer step (floats), before the optimizer moved."""
+    """Global means of one optimizer step (floats), before the optimizer moved.
+
+    Attributes:
+        gates: `gate_sums` of the step.
+        images: `image_stats` of the step.
+        work: what `forward_backward` was given, added up over ranks.
+    """
 
     total: float
     ce: float
@@ -36,6 +43,9 @@ class StepResult:
     rcka: float
     degenerate_images: float
     counts: StepCounts
+    gates: Sequence[float] = ()
+    images: step_stats.Stats = field(default_factory=dict)
+    work: Sequence[float] = ()
 
 
 @torch.inference_mode()
@@ -89,22 +99,32 @@ def run_teacher(
 
 
 def count_step(
-    accelerator: Accelerator, batches: Sequence[Batch | None], signals: Sequence[Signals | None]
-) -> tuple[StepCounts, int]:
-    """Sums tokens, gates and usable images over the step, and the most micro-batches of a rank; one collective."""
-    mine = torch.zeros(4, dtype=torch.float64, device=accelerator.device)
-    mine[3] = len(batches)
+    accelerator: Accelerator,
+    batches: Sequence[Batch | None],
+    signals: Sequence[Signals | None],
+    work: Sequence[float] = (),
+) -> tuple[StepCounts, list[float], list[float], int]:
+    """Sums tokens, usable images, `gate_sums` and `work` over the step; one unconditional collective.
+
+    Returns:
+        The normalisers, the sums of the gates, that of the work, and the most micro-batches of a rank.
+    """
+    counted = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
+    gates = torch.zeros(2 + step_stats.GATE_BINS, dtype=torch.float64, device=accelerator.device)
+    counted[2] = len(batches)
     for batch in batches:
         if batch is not None:
-            mine[0] += supervised_tokens(batch)
+            counted[0] += supervised_tokens(batch)
     for signal in signals:
         if signal is not None:
-            mine[1] += signal.gate_T.double().sum()
-            mine[2] += signal.image_count
-    ranks = torch.atleast_2d(accelerator.gather(mine.unsqueeze(0)))  # type: ignore[arg-type]
-    tokens, gate_sum, images, _ = ranks.sum(0).tolist()
-    counts = StepCounts(max(tokens, 1.0), max(gate_sum, 1e-12), max(images, 1.0))
-    return counts, int(ranks[:, 3].max())
+            counted[1] += signal.image_count
+            gates += step_stats.gate_sums(signal.gate_T)
+    done = torch.tensor(work, dtype=torch.float64, device=accelerator.device)
+    mine = torch.cat([counted, gates, done]).unsqueeze(0)
+    ranks = torch.atleast_2d(accelerator.gather(mine))  # type: ignore[arg-type]
+    (tokens, images, _, *rest), most = ranks.sum(0).tolist(), int(ranks[:, 2].max())
+    counts = StepCounts(max(tokens, 1.0), max(rest[0], 1e-12), max(images, 1.0))
+    return counts, rest[: 2 + step_stats.GATE_BINS], rest[2 + step_stats.GATE_BINS :], most
 
 
 def supervised_tokens(batch: Batch) -> Tensor:
@@ -134,6 +154,7 @@ def forward_backward(
     weights: Weights,
     kind: str,
     head_VE: Tensor | None = None,
+    work: Sequence[float] = (),
 ) -> StepResult:
     """Accumulates the step's gradients; the caller then lets `parallel` update.
 
@@ -141,12 +162,13 @@ def forward_backward(
         batches: this rank's micro-batches.
         signals: the teacher's side of each (`run_teacher`, or from a cache), or None.
         head_VE: the teacher's head; None with cached signals.
+        work: numbers of this rank to be added up over ranks.
 
     Raises:
         NonFiniteLoss: names the records of the micro-batches concerned.
     """
     accelerator = parallel.accelerator
-    counts, most = count_step(accelerator, batches, signals)
+    counts, gates, all_work, most = count_step(accelerator, batches, signals, work)
     if not math.isfinite(counts.gate_sum):
         raise NonFiniteLoss(
             f"the teacher's output is not finite; records concerned: {non_finite(batches, signals)}"
@@ -155,18 +177,23 @@ def forward_backward(
     short = [None] * (most - len(batches))
     batches, signals = [*batches, *short], [*signals, *short]
     sums = torch.zeros(4, dtype=torch.float64, device=accelerator.device)
+    seen = step_stats.no_image_sums(accelerator.device)
     suspects: list[str] = []
     for index, (batch, signal) in enumerate(zip(batches, signals, strict=True)):
         with parallel.micro_batch(last=index == len(batches) - 1):
-            total, part_sums = parallel.student(batch, signal, head_VE, counts, weights)
+            total, part_sums, part_seen = parallel.student(batch, signal, head_VE, counts, weights)
             parallel.backward(total)
         if batch is not None and not bool(torch.isfinite(part_sums).all()):
             suspects.extend(batch.record_ids)
         sums += part_sums
-    ce_sum, kd_sum, rcka_sum, degenerate = reduce_sum(accelerator, sums).tolist()
+        seen = step_stats.add_image_sums(seen, part_seen)
+    slots = step_stats.in_slots(seen, accelerator.process_index, accelerator.num_processes)
+    ce_sum, kd_sum, rcka_sum, degenerate, *images = reduce_sum(accelerator, torch.cat([sums, slots])).tolist()
     kd_norm = counts.gate_sum if kind == "gdkd" else counts.tokens
     ce, kd, rcka = ce_sum / counts.tokens, kd_sum / kd_norm, rcka_sum / counts.images
-    result = StepResult(ce + weights.beta * kd + weights.omega * rcka, ce, kd, rcka, degenerate, counts)
+    total_loss = ce + weights.beta * kd + weights.omega * rcka
+    cka = step_stats.image_stats(images, rcka_sum)
+    result = StepResult(total_loss, ce, kd, rcka, degenerate, counts, gates, cka, all_work)
     if not torch.isfinite(torch.tensor([ce, kd, rcka])).all():
         raise NonFiniteLoss(
             f"the loss is not finite (ce {ce}, kd {kd}, rcka {rcka}); records of this batch: {suspects}"

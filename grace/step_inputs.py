@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from grace.distill.cache_store import TeacherCache
 from grace.distill.cached import CachedSignals, collate_cached
 from grace.errors import UserError
 from grace.run import Run
+from grace.step_stats import step_work
 
 
 @dataclass(frozen=True)
@@ -28,11 +29,13 @@ class StepInputs:
         student: cut into its micro-batches.
         teacher: cut for the teacher, where the recipe says how.
         cached: the teacher's side of each of the student's micro-batches, where there is a cache.
+        work: of the student's micro-batches (`grace.step_stats.step_work`).
     """
 
     student: list[Batch | None]
     teacher: list[Batch | None] | None = None
     cached: list[CachedSignals | None] | None = None
+    work: Sequence[float] = ()
 
     def to(self, device: torch.device) -> "StepInputs":
         """The same on `device`."""
@@ -40,7 +43,7 @@ class StepInputs:
         def moved(parts: list[Any] | None) -> list[Any] | None:
             return None if parts is None else [part and part.to(device) for part in parts]
 
-        return StepInputs(moved(self.student) or [], moved(self.teacher), moved(self.cached))
+        return StepInputs(moved(self.student) or [], moved(self.teacher), moved(self.cached), self.work)
 
 
 class StepBatches(Dataset):
@@ -54,7 +57,8 @@ class StepBatches(Dataset):
 
     def __getitem__(self, step: int) -> StepInputs | UserError:
         try:
-            return self.inputs(step)
+            inputs = self.inputs(step)
+            return replace(inputs, work=step_work(inputs.student))
         except UserError as error:  # raised in a worker process, it would arrive with the worker's trace
             return error
 

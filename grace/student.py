@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from grace import step_stats
 from grace.data.batch import Batch
 from grace.distill.cached import CachedSignals
 from grace.distill.fused import RowKernel
@@ -93,8 +94,8 @@ class StudentWithLoss(nn.Module):
         head_VE: Tensor | None,
         counts: StepCounts,
         weights: Weights,
-    ) -> tuple[Tensor, Tensor]:
-        """Returns the micro-batch's share of the step's loss, and detached sums [ce, kd, rcka, degenerate].
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The micro-batch's share of the step's loss, detached sums [ce, kd, rcka, degenerate], and `image_sums`.
 
         Whatever the batch holds, and without one (this rank has fewer), every layer runs in the same order:
         weights are gathered and gradients reduced by all ranks together.
@@ -112,7 +113,7 @@ class StudentWithLoss(nn.Module):
         head_VE: Tensor | None,
         counts: StepCounts,
         weights: Weights,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """What `forward` returns."""
         with idle_vision(self.model) if batch.pixel_values_PD is None else contextlib.nullcontext():
             hidden = qwen3vl.hidden_states(self.model, batch)
@@ -142,7 +143,7 @@ class StudentWithLoss(nn.Module):
         sums = torch.stack(
             [t.double() for t in (parts.ce_sum, parts.kd_sum, parts.rcka_sum, parts.degenerate)]
         )
-        return total, sums
+        return total, sums, step_stats.image_sums(parts)
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:

@@ -10,8 +10,8 @@ directory ends with `model/`: a QAT checkpoint when quantization is on, else a p
 import math
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +34,14 @@ from grace.parallel import make_accelerator
 from grace.preemption import ignore_in_worker, listening
 from grace.run import Run, claimed, compute_dtype, set_up, total_steps
 from grace.run_data import load_run_data, require_same_on_all_ranks
+from grace.run_info import announce, publish_model
 from grace.run_save import resume, save_final_model, save_resume_state
 from grace.step import NonFiniteLoss, forward_backward, reduce_sum, run_teacher
 from grace.step_inputs import StepBatches, StepInputs
+from grace.step_stats import Stats, gate_stats, padding_share
 from grace.student import Signals, Weights, autocast
 from grace.tracking import Tracker
+from grace.watch import HISTOGRAM_EDGES, controller_values
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -102,15 +105,21 @@ def train(recipe: Recipe, allow_changed: Sequence[str] = ()) -> Path:
         steps = total_steps(recipe, mixture_of(records).epoch)
         run = set_up(recipe, accelerator, processor.tokenizer, steps, cache)
         run.records = data.digest()
-        tracker = Tracker(run_dir, run.total_steps, recipe.run.log_every, accelerator.is_main_process)
+        tracker = Tracker(
+            run_dir, run.total_steps, recipe.run.log_every, accelerator.is_main_process,
+            HISTOGRAM_EDGES, run.watch.peak,
+        )  # fmt: skip
         saver = CheckpointSaver(run_dir, recipe.run.keep_last, recipe.run.keep_best)
         resume(run, tracker, run_dir, allow_changed)
-        tracker.start_wandb(recipe.run.wandb, recipe.run.wandb_project, asdict(recipe))
+        with tracker.aside():  # W&B may take its time
+            announce(tracker, recipe, accelerator)
         try:
             loop(run, tracker, saver, records, validation, processor)
+            save_final_model(run, run_dir)
+            if accelerator.is_main_process:
+                publish_model(tracker, recipe, run.validation)
         finally:
             tracker.finish()
-        save_final_model(run, run_dir)
         accelerator.wait_for_everyone()
     return run_dir / "model"
 
@@ -139,21 +148,23 @@ def loop(
         num_workers=run.recipe.data.num_workers, worker_init_fn=ignore_in_worker,
     )  # fmt: skip
     with listening() as stop:
-        for step, inputs in zip(steps, loader, strict=True):
+        for step, (inputs, waited) in zip(steps, timed(loader), strict=True):
             if isinstance(inputs, UserError):
                 raise inputs
-            values, tokens = one_step(run, inputs.to(device), step)
+            due = tracker.due(step + 1)
+            values, measured, totals = one_step(run, inputs.to(device), step, waited, due)
             if step == steps.start:  # not before: a picture that cannot be read stays one line
                 run.accelerator.print(f"kernels: {run.kernels}", file=sys.stderr)
             run.step = step + 1
-            tracker.add(run.step, values, tokens)
+            tracker.add(run.step, values, measured=measured, **totals)
             finished = run.step == run.total_steps
-            measure = finished or (settings.eval_every and run.step % settings.eval_every == 0)
-            if validation and measure:
-                validate(run, tracker, validation, processor)
+            look = finished or (settings.eval_every and run.step % settings.eval_every == 0)
+            if look:
+                with tracker.aside():
+                    look_closer(run, tracker, validation, processor)
             stopping = stop.on_any_rank(run.accelerator) and not finished
             if finished or stopping or run.step % settings.save_every == 0:
-                score = run.validation["val/ce"] if run.validation and measure else None
+                score = run.validation["val/ce"] if run.validation and look else None
                 save_resume_state(run, tracker, saver, score)
             if stopping:
                 saver.wait()
@@ -163,8 +174,35 @@ def loop(
         saver.wait()
 
 
-def one_step(run: Run, inputs: StepInputs, step: int) -> tuple[dict[str, float], float]:
-    """One optimizer step; returns the values to log and the number of supervised tokens."""
+def timed(loader: Iterable[Any]) -> Iterator[tuple[Any, float]]:
+    """Each item, and the seconds that it was waited for."""
+    start = time.perf_counter()
+    for item in loader:
+        yield item, time.perf_counter() - start
+        start = time.perf_counter()
+
+
+def look_closer(run: Run, tracker: Tracker, validation: Sequence[Record], processor: Any) -> None:
+    """Logs what is too much for every window, and validates."""
+    if layers := run.watch.snr_by_layer():
+        tracker.log(run.step, layers)
+    if validation:
+        validate(run, tracker, validation, processor)
+
+
+def one_step(
+    run: Run, inputs: StepInputs, step: int, waited: float = 0.0, due: bool = False
+) -> tuple[Stats, dict[str, float | None], dict[str, float]]:
+    """One optimizer step.
+
+    Args:
+        waited: seconds that the inputs took to come.
+        due: this step ends a log window.
+
+    Returns:
+        The values of this step, what was measured for the log line (nothing unless `due`), and counts whose
+        rates are of interest.
+    """
     options, optim = run.recipe.distill, run.recipe.optim
     omega = options.rcka_weight * min(1.0, (step + 1) / max(1, options.rcka_warmup_steps))
     weights = Weights(beta=run.controller.beta if options.loss != "none" else 0.0, omega=omega)
@@ -172,12 +210,15 @@ def one_step(run: Run, inputs: StepInputs, step: int) -> tuple[dict[str, float],
     for group in run.parallel.optimizer.param_groups:
         group["lr"] = group["base_lr"] * factor
     signals, head_VE = teacher_side(run, inputs)
-    result = forward_backward(run.parallel, inputs.student, signals, weights, options.loss, head_VE)
+    result = forward_backward(
+        run.parallel, inputs.student, signals, weights, options.loss, head_VE, [*inputs.work, waited]
+    )
+    norms = run.watch.grad_norms() if due else {}
     norm = run.parallel.update()
     if not math.isfinite(norm):
         names = [record_id for batch in inputs.student if batch is not None for record_id in batch.record_ids]
         raise NonFiniteLoss(f"the gradient is not finite at step {step + 1}; records of this step: {names}")
-    values = {
+    values: Stats = {
         "loss/total": result.total,
         "loss/ce": result.ce,
         "optim/lr": optim.lr * factor,
@@ -186,12 +227,22 @@ def one_step(run: Run, inputs: StepInputs, step: int) -> tuple[dict[str, float],
     if run.recipe.distils:
         values |= {
             "loss/gdkd": result.kd, "loss/rcka": result.rcka, "ib/beta": weights.beta, "rcka/omega": omega,
-            "rcka/degenerate_images": result.degenerate_images, "gate/mean": result.counts.gate_sum / result.counts.tokens,
+            "rcka/degenerate_images": result.degenerate_images,
+            **gate_stats(result.gates, run.objective.vocabulary), **result.images,
         }  # fmt: skip
         if options.loss != "none":
             run.controller.update(result.kd)
             values["ib/ema"] = run.controller.m if run.controller.m is not None else result.kd
-    return values, result.counts.tokens
+    *work, all_waited = result.work
+    totals = run.watch.totals(work, result.counts.tokens) | {
+        "waited": all_waited / run.accelerator.num_processes
+    }
+    values["data/padding_share"] = padding_share(work)
+    measured: dict[str, float | None] = {}
+    if due:
+        measured = run.watch.measure(norms)
+        measured |= controller_values(run.controller) if options.loss != "none" else {}
+    return values, measured, totals
 
 
 def teacher_side(run: Run, inputs: StepInputs) -> tuple[Sequence[Signals | None], Tensor | None]:

@@ -1,5 +1,8 @@
 """The recipes that ship: they load, hold the published numbers, and differ only where they say so."""
 
+import json
+import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -10,7 +13,10 @@ from grace.config import load_recipe, recipe_diff, resource
 
 ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "recipes"
-TRAINING = sorted(p for p in RECIPES.rglob("*.yaml") if p.parent.name not in ("accelerate", "slurm"))
+TRAINING = sorted(
+    p for p in RECIPES.rglob("*.yaml") if p.parent.name not in ("accelerate", "slurm", "sweeps")
+)
+SWEEPS = sorted((RECIPES / "sweeps").glob("*.yaml"))
 ACCELERATE = sorted((RECIPES / "accelerate").glob("*.yaml"))
 
 
@@ -105,6 +111,57 @@ def test_accelerate_files_launch_what_they_are_named_after():
     offload = {name: configs[name].deepspeed_config["offload_param_device"] for name in zero}
     assert {name for name, device in offload.items() if device == "cpu"} == {"zero3_offload"}
     assert configs["multi_node"].num_machines == 2
+
+
+def sweep_argv(path: Path, tmp_path: Path, pick: str) -> list[str]:
+    """What a run of a sweep executes: W&B's own agent builds its command, a stand-in for its program tells."""
+    from wandb.sdk.launch.sweeps import utils
+
+    config = yaml.safe_load(path.read_text())
+    values = {
+        name: parameter.get(pick, parameter.get("values", [None])[0 if pick == "min" else -1])
+        for name, parameter in config["parameters"].items()
+    }
+    known = utils.create_sweep_command_args({"args": {name: {"value": v} for name, v in values.items()}})
+    known |= {"env": ["/usr/bin/env"], "interpreter": ["python"]}
+    argv: list[str] = []
+    for word in map(str, utils.create_sweep_command(config["command"])):
+        argv += known[word[2:-1]] if word.startswith("${") else [word]
+    for program in ("python", "accelerate"):
+        stub = tmp_path / program
+        stub.write_text("#!/bin/sh\nfor word; do printf '%s\\n' \"$word\"; done\n")
+        stub.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "WANDB_RUN_ID": "ab12"}
+    told = subprocess.run(argv, env=environment, capture_output=True, text=True, check=True, timeout=60)
+    return told.stdout.splitlines()
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=names)
+@pytest.mark.parametrize("pick", ["min", "max"])
+def test_every_run_of_a_sweep_is_a_training(path, pick, tmp_path):
+    argv = sweep_argv(path, tmp_path, pick)
+    start = argv.index("grace.train") + 1
+    assert argv[start - 2] == "-m"
+    recipe = load_recipe(argv[start], argv[start + 1 :])
+    assert recipe.run.output_dir == "runs/sweeps/ab12" and recipe.run.wandb == "online"
+    lr = yaml.safe_load(path.read_text())["parameters"]["optim.lr"]
+    assert recipe.optim.lr == lr[pick]
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=names)
+def test_wandb_takes_the_sweep(path):
+    from wandb.apis.public import sweeps as api
+
+    config = yaml.safe_load(path.read_text())
+    assert (
+        api._validate_config_and_fill_distribution(config)["parameters"].keys() == config["parameters"].keys()
+    )
+    assert config["method"] in ("grid", "random", "bayes") and config["metric"]["name"] == "val/ce"
+    assert f"wandb sweep --project grace recipes/{names(path)}" in path.read_text()
+    sweeps = pytest.importorskip("sweeps", reason="W&B's controller, with the schema, is not installed")
+    jsonschema = pytest.importorskip("jsonschema")
+    schema = json.loads((Path(sweeps.__file__).parent / "config" / "schema.json").read_text())
+    jsonschema.validate(config, schema)
 
 
 def test_named_files_exist():

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from grace.tracking import METRICS_FILE, Tracker, rewind_metrics
+from grace.run_files import METRICS_FILE
+from grace.tracking import Tracker, is_timing, rewind_metrics
 
 
 def lines(run_dir: Path) -> list[dict]:
@@ -70,6 +71,51 @@ def test_continued_window_gives_the_same_means_and_an_honest_speed(
         == lines(tmp_path / "a")
         == [{"step": 4, "loss/total": 3.75, "tokens_per_s": 10.0}]
     )
+
+
+def test_extremes_lists_and_absent_values_of_a_window(tmp_path: Path, clock: list[float]) -> None:
+    tracker = started(tmp_path, total=3, every=3)
+    steps: list[dict] = [
+        {"a_min": 0.5, "a_max": 0.6, "shares": [1.0, 0.0], "sometimes": 4.0},
+        {"a_min": 0.2, "a_max": 0.3, "shares": [0.0, 1.0]},
+        {"a_min": 0.4, "a_max": 0.9, "shares": [0.5, 0.5], "sometimes": None},
+    ]
+    for step, values in enumerate(steps, start=1):
+        clock[0] += 1.0
+        state = json.loads(json.dumps(tracker.state()))
+        tracker = started(tmp_path, total=3, every=3, step=step - 1, window=state)  # killed after every step
+        tracker.add(step, values, 1, {"at_the_end": float(step), "unknown": None})
+    assert without_speed(lines(tmp_path)) == [
+        {
+            "step": 3,
+            "a_min": 0.2,
+            "a_max": 0.9,
+            "shares": [0.5, 0.5],
+            "sometimes": 4.0,
+            "at_the_end": 3.0,
+            "unknown": None,
+        }
+    ]
+
+
+def test_rates_waiting_and_utilisation(tmp_path: Path, clock: list[float]) -> None:
+    for peak, mfu in ((None, None), (1000.0, 0.25)):
+        tracker = Tracker(tmp_path, 2, 2, is_main=True, peak_flops=peak)
+        tracker.start(0, None)
+        for step in (1, 2):
+            clock[0] += 2.0
+            with tracker.aside():
+                clock[0] += 100.0  # a validation is not training time
+            tracker.add(step, {}, 10, images=3.0, waited=0.5, flops=500.0)
+        assert lines(tmp_path) == [
+            {"step": 2, "tokens_per_s": 5.0, "perf/images_per_s": 1.5, "perf/data_wait": 0.25,
+             "perf/flops_per_s": 250.0, "perf/mfu": mfu}
+        ]  # fmt: skip
+
+
+def test_timings_are_told_from_numbers_that_runs_share() -> None:
+    assert is_timing("tokens_per_s") and is_timing("perf/mfu")
+    assert not is_timing("loss/total") and not is_timing("data/padding_share")
 
 
 def test_lines_beyond_the_checkpoint_are_dropped_on_resume(tmp_path: Path) -> None:
@@ -167,6 +213,8 @@ def test_offline_run_holds_history_and_a_sample_table(
     for name in ("WANDB_MODE", "WANDB_DIR", "WANDB_RUN_ID", "WANDB_DISABLED"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "staging"))  # else pictures go to the home directory
+    import wandb
+
     tracker = started(tmp_path, total=2, every=1)
     tracker.start_wandb("offline", "grace", {"optim": {"lr": 0.5}})
     assert tracker.run is not None
@@ -176,6 +224,7 @@ def test_offline_run_holds_history_and_a_sample_table(
     tracker.log_samples(2, rows)
     tracker.log(2, {"val/ce": 1.5})
     tracker.finish()
+    wandb.teardown()  # its service writes the file out
     records = offline_records(tmp_path)
     history = [
         {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}

@@ -1,6 +1,5 @@
 """The demo's figures, drawn with matplotlib from the logs and scores on disk."""
 
-import json
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +10,8 @@ from matplotlib.figure import Figure
 from grace.data.records import Record, open_image
 from grace.demo import scoring
 from grace.demo.arms import Arm
+from grace.report.plots import CONTROLLER, LOSSES, draw_section
+from grace.report.read import read_run
 
 
 def draw_all(
@@ -23,53 +24,20 @@ def draw_all(
     """Draws every figure into `out/plots` and returns their paths."""
     folder = out / "plots"
     folder.mkdir(exist_ok=True)
-    log = read_log(out / "arms" / chosen["grace"].name / "metrics.jsonl")
+    run = [read_run(out / "arms" / chosen["grace"].name)]
     figures = {
-        "loss_parts": draw_losses(log),
-        "beta": draw_beta(log),
+        "loss_parts": draw_section(run, LOSSES),
+        "beta": draw_section(run, CONTROLLER),
         "gate": draw_gate(scoring.gate_values(out / "teacher", out / "data" / "qat_train.json", 256)),
         "accuracy": draw_accuracy(report),
         "contact_sheet": draw_contact_sheet(examples, answers),
     }
     paths = []
     for name, figure in figures.items():
+        assert figure is not None  # the run has logged
         figure.savefig(folder / f"{name}.png", dpi=110, bbox_inches="tight")
         paths.append(folder / f"{name}.png")
     return paths
-
-
-def read_log(path: Path) -> list[dict[str, float]]:
-    """The training lines of a metrics file."""
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    return [line for line in lines if "loss/total" in line]
-
-
-def draw_losses(log: Sequence[Mapping[str, float]]) -> Figure:
-    """CE, GDKD and RCKA over the steps."""
-    figure = Figure(figsize=(11, 3))
-    axes = figure.subplots(1, 3)
-    for axis, (key, title) in zip(
-        axes,
-        [("loss/ce", "CE"), ("loss/gdkd", "gated decoupled KD"), ("loss/rcka", "relational CKA")],
-        strict=True,
-    ):
-        axis.plot([line["step"] for line in log], [line[key] for line in log])
-        axis.set(title=title, xlabel="step", ylim=(0, None))
-        axis.grid(alpha=0.3)
-    return figure
-
-
-def draw_beta(log: Sequence[Mapping[str, float]]) -> Figure:
-    """The controller's weight over the steps, and the moving average it follows."""
-    figure = Figure(figsize=(5, 3))
-    axis = figure.subplots()
-    steps = [line["step"] for line in log]
-    axis.plot(steps, [line["ib/beta"] for line in log], label="beta")
-    axis.plot(steps, [line["ib/ema"] for line in log], label="moving average of GDKD", alpha=0.6)
-    axis.set(title="adaptive IB controller", xlabel="step")
-    axis.legend()
-    axis.grid(alpha=0.3)
-    return figure
 
 
 def draw_gate(values: Sequence[float]) -> Figure:

@@ -34,6 +34,8 @@ class LossParts:
         gate_sum: gates summed over tokens; 0 unless "gdkd".
         images: images compared.
         degenerate: images left out because either Gram is degenerate.
+        relation_N: 1 - CKA of each image, 0 where degenerate.
+        compared_N: which images are not degenerate.
     """
 
     ce_sum: Tensor
@@ -42,6 +44,8 @@ class LossParts:
     gate_sum: Tensor
     images: Tensor
     degenerate: Tensor
+    relation_N: Tensor
+    compared_N: Tensor
 
 
 def micro_batch_loss(
@@ -105,6 +109,7 @@ def micro_batch_loss(
     )  # fmt: skip
     zero = fused.ce_sum.new_zeros(())
     rcka_sum = degenerate = zero
+    loss_N = valid_N = zero.new_zeros(0)
     if student_visual or teacher_visual or teacher_grams:
         compare, teacher = (
             (rcka_to_grams, teacher_grams) if teacher_grams else (rcka_per_image, teacher_visual)
@@ -113,7 +118,16 @@ def micro_batch_loss(
         rcka_sum, degenerate = loss_N.sum(), (~valid_N).sum()
         total = total + omega * rcka_sum / _require_positive(image_count, "image_count")
     gates = fused.gate_sum if kind == "gdkd" else zero
-    parts = (fused.ce_sum, fused.gdkd_sum, rcka_sum, gates, zero + float(len(student_visual)), degenerate)
+    parts = (
+        fused.ce_sum,
+        fused.gdkd_sum,
+        rcka_sum,
+        gates,
+        zero + float(len(student_visual)),
+        degenerate,
+        loss_N,
+        valid_N,
+    )
     return total, LossParts(*(part.detach() for part in parts))
 
 
