@@ -26,14 +26,17 @@ from measure import machine, peak_gb, report
 from torch import Tensor, nn
 
 import grace.step as step_module
+import grace.student as student_module
 from grace.data.batch import Batch
 from grace.distill.cached import CachedSignals, cached_record, collate_cached
 from grace.distill.gdkd import confidence_gate, dkd_per_token
 from grace.distill.rcka import rcka_loss
 from grace.distill.teacher import IGNORE_INDEX, supervised
 from grace.models import qwen3vl
+from grace.parallel import Replicas
 from grace.quant import grid
-from grace.step import Objective, StudentWithLoss, Weights, forward_backward
+from grace.step import forward_backward
+from grace.student import Objective, StudentWithLoss, Weights, autocast
 
 IMAGE_TOKENS, PATCH_GRID = 196, (1, 28, 28)
 TOP_K = 64  # tokens that the cached teacher keeps
@@ -88,14 +91,14 @@ def batch_of(length: int, model: Any, device: str) -> Batch:
     )
 
 
-def dense_step(student: Any, teacher: Any, batches: list[Batch], accelerator: Accelerator) -> None:
+def dense_step(student: Any, teacher: Any, batches: list[Batch]) -> None:
     """Forward and backward as the public code does it."""
     for batch in batches:
         with torch.no_grad():
             states = qwen3vl.hidden_states(teacher, batch)
             teacher_BLV = F.linear(states.final_BLD, qwen3vl.head_weight(teacher))
             teacher_visual = qwen3vl.visual_tokens(teacher, states.last_layer_input_BLD, batch)
-        with accelerator.autocast():
+        with autocast(batch.labels_BL.device, torch.bfloat16):
             states = qwen3vl.hidden_states(student, batch)
             student_BLV = F.linear(states.final_BLD, qwen3vl.head_weight(student))
             visual = qwen3vl.visual_tokens(student, states.last_layer_input_BLD, batch)
@@ -164,6 +167,11 @@ def measure(
     return min(row[0] for row in rows[1:]), min(row[1] for row in rows[1:]), max(row[2] for row in rows[1:])
 
 
+def adamw(model: torch.nn.Module) -> torch.optim.AdamW:
+    """The optimizer of every path."""
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=True)
+
+
 def run_path(name: str, args: argparse.Namespace, accelerator: Accelerator) -> dict[str, Any]:
     """Both sequence lengths on one path."""
     torch.manual_seed(0)
@@ -178,9 +186,10 @@ def run_path(name: str, args: argparse.Namespace, accelerator: Accelerator) -> d
         qwen3vl.enable_checkpointing(student)
     kernels = "triton" if args.device != "cpu" else "torch"
     vocabulary = student.config.text_config.vocab_size
-    objective = Objective("gdkd", 2.0, 1.0, 4.0, vocabulary, step_module.row_kernel(kernels))
-    wrapped = accelerator.prepare(StudentWithLoss(student, objective))
-    optimizer = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], lr=1e-5, fused=True)
+    objective = Objective("gdkd", 2.0, 1.0, 4.0, vocabulary, student_module.row_kernel(kernels))
+    parallel = Replicas(
+        accelerator, StudentWithLoss(student, objective, torch.bfloat16), adamw, max_grad_norm=1.0
+    )
     result: dict[str, Any] = {"lengths": {}}
     for length in (args.sequence // 2, args.sequence):
         batches = [batch_of(length, student, args.device) for _ in range(args.accumulate)]
@@ -189,19 +198,19 @@ def run_path(name: str, args: argparse.Namespace, accelerator: Accelerator) -> d
 
         def work(batches: list[Batch] = batches, cached: list[Any] = cached) -> None:
             if name == "dense":
-                dense_step(student, teacher, batches, accelerator)
+                dense_step(student, teacher, batches)
             else:
                 signals, head_VE = cached, None
                 if name == "fused":
                     signals = step_module.run_teacher(teacher, batches, vocabulary)
                     head_VE = qwen3vl.head_weight(teacher)
-                forward_backward(accelerator, wrapped, batches, signals, WEIGHTS, "gdkd", head_VE)
+                forward_backward(parallel, batches, signals, WEIGHTS, "gdkd", head_VE)
 
         with (
             timed(step_module, "run_teacher", clock, "teacher and gates", args.device),
-            timed(step_module, "micro_batch_loss", clock, "losses, head included", args.device),
+            timed(student_module, "micro_batch_loss", clock, "losses, head included", args.device),
         ):
-            seconds, optimizer_s, peak = measure(work, optimizer, args)
+            seconds, optimizer_s, peak = measure(work, parallel.optimizer, args)
         parts = {key: value / (args.repeats + 1) for key, value in clock.items()}
         result["lengths"][length] = {
             "tokens_per_s": length * args.accumulate / (seconds + optimizer_s),
@@ -236,7 +245,7 @@ def main() -> None:
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--out", type=Path, help="also write the JSON here")
     args = parser.parse_args()
-    accelerator = Accelerator(mixed_precision="bf16", cpu=args.device == "cpu")
+    accelerator = Accelerator(mixed_precision="no", cpu=args.device == "cpu")
     paths = {name: run_path(name, args, accelerator) for name in ("fused", "dense", "cached")}
     for name, path in paths.items():
         for length, row in path["lengths"].items():

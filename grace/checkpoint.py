@@ -10,6 +10,7 @@ Shape suffixes: O output features, I input features, G groups along the input.
 """
 
 import json
+import math
 import shutil
 import sys
 from collections.abc import Callable, Mapping
@@ -85,12 +86,15 @@ def save_checkpoint(
     tensors: Mapping[str, Mapping[str, Tensor]],
     state: Mapping[str, Any],
     keep_last: int,
+    keep_best: int = 0,
+    score: float | None = None,
 ) -> Path:
-    """Writes `checkpoints/step-NNNNNN`, then removes all but the newest `keep_last`.
+    """Writes `checkpoints/step-NNNNNN`, then removes all but the newest `keep_last` and the best `keep_best`.
 
     Args:
         tensors: one safetensors file per key.
         state: JSON-able values.
+        score: of this step, the lower the better; None was not measured, and is never among the best.
     """
     target = run_dir / "checkpoints" / f"step-{step:06d}"
     if target.exists():  # a damaged one that resume passed over: this step is being done again
@@ -101,11 +105,27 @@ def save_checkpoint(
             file = scratch / f"{stem}.safetensors"
             save_file({name: tensor.detach().cpu().contiguous() for name, tensor in group.items()}, file)
             digests[file.name] = sha256_of(file)
-        record = {"format_version": FORMAT_VERSION, "step": step, "sha256": digests, "state": dict(state)}
+        record = {"format_version": FORMAT_VERSION, "step": step, "score": score}
+        record |= {"sha256": digests, "state": dict(state)}
         (scratch / "state.json").write_text(json.dumps(record, indent=1))
-    for old in checkpoint_paths(run_dir)[:-keep_last]:
+    kept = {*checkpoint_paths(run_dir)[-keep_last:], *_best(run_dir, keep_best)}
+    for old in set(checkpoint_paths(run_dir)) - kept:
         shutil.rmtree(old)
     return target
+
+
+def _best(run_dir: Path, count: int) -> list[Path]:
+    """The checkpoints of the lowest scores, at most `count`; among equals the newer."""
+    scores = [(score, -at, path) for at, path in enumerate(checkpoint_paths(run_dir)) if (score := _score(path)) is not None]  # fmt: skip
+    return [path for *_, path in sorted(scores)[:count]]
+
+
+def _score(path: Path) -> float | None:
+    try:
+        score = json.loads((path / "state.json").read_text()).get("score")
+    except _UNREADABLE:
+        return None
+    return score if isinstance(score, float) and math.isfinite(score) else None
 
 
 def checkpoint_paths(run_dir: Path) -> list[Path]:

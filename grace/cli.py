@@ -11,14 +11,14 @@ from pathlib import Path
 from grace import __version__
 from grace.cli_args import add as _add
 from grace.cli_args import add_json as _add_json
-from grace.cli_args import integer, number
+from grace.cli_args import byte_size, integer, number
 from grace.cli_data import add_data
 from grace.errors import Parser, UserError, run_command
 
 # Copies of grace.runtime.int4_linear.KERNELS and grace.export.pack.FORMATS: importing those costs
 # seconds. A test keeps them equal.
 KERNELS = ("auto", "aten", "dequant", "reference")
-FORMATS = ("awq", "qat")
+FORMATS = ("awq", "compressed-tensors", "gguf", "mlx", "qat")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -84,6 +84,10 @@ def _add_train(commands: "argparse._SubParsersAction[Parser]") -> None:
     parser.add_argument(
         "--dry-run", action="store_true", help="print the plan and stop; needs no weights or data"
     )
+    parser.add_argument(
+        "--allow-changed", action="append", default=[], metavar="section.key",
+        help="go on with an interrupted run although this field has changed",
+    )  # fmt: skip
 
 
 def _add_report(commands: "argparse._SubParsersAction[Parser]") -> None:
@@ -114,7 +118,9 @@ def _add_teacher_cache(commands: "argparse._SubParsersAction[Parser]") -> None:
 
 
 def _add_export(commands: "argparse._SubParsersAction[Parser]") -> None:
-    parser = _add(commands, "export", "Publish a trained model, codes and scales untouched.", _export)
+    parser = _add(
+        commands, "export", "Publish a trained model, codes and scales untouched.", _export, "export"
+    )
     parser.add_argument("run", metavar="RUN", type=Path, help="a finished run directory, or its model/")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the new directory")
     parser.add_argument(
@@ -122,6 +128,12 @@ def _add_export(commands: "argparse._SubParsersAction[Parser]") -> None:
     )
     parser.add_argument(
         "--parity-data", type=Path, metavar="FILE", help="records to compare on; default: those of the run"
+    )
+    parser.add_argument(
+        "--max-shard-size",
+        type=byte_size,
+        metavar="SIZE",
+        help="cut the weights, e.g. 2GB; default: one file",
     )
     _add_json(parser)
 
@@ -171,7 +183,8 @@ def _demo(args: argparse.Namespace) -> int:
 def _train(args: argparse.Namespace) -> int:
     from grace.train import main as train
 
-    return train([args.recipe, *args.overrides, *(["--dry-run"] if args.dry_run else [])])
+    options = [option for name in args.allow_changed for option in ("--allow-changed", name)]
+    return train([args.recipe, *args.overrides, *(["--dry-run"] if args.dry_run else []), *options])
 
 
 def _report(args: argparse.Namespace) -> int:

@@ -1,7 +1,7 @@
-"""The two ways a command can fail, and how each one leaves the process.
+"""The ways a command can end before it is done, and how each one leaves the process.
 
-The user's mistake is a `UserError`: one line on stderr, exit code 2. Anything else is our
-mistake: the trace is shown and the exit code is 1.
+The user's mistake is a `UserError`: one line on stderr, exit code 2. `Preempted` is nobody's: exit code 75, on which a
+job script starts the same command again. Anything else is our mistake: the trace is shown and the exit code is 1.
 """
 
 import argparse
@@ -13,6 +13,13 @@ from typing import Any, NoReturn
 
 class UserError(Exception):
     """The user's input is wrong. The message is one line: what is wrong and how to mend it."""
+
+
+class Preempted(Exception):
+    """The machine is wanted for something else, and what is done so far is saved. The message is one line."""
+
+
+PREEMPTED_CODE = 75  # EX_TEMPFAIL of sysexits.h: try again later
 
 
 class Parser(argparse.ArgumentParser):
@@ -41,13 +48,16 @@ class Parser(argparse.ArgumentParser):
 
 
 def run_command(command: Callable[[], int | None]) -> int:
-    """Runs `command` and turns its outcome into a process exit code (0, 1, 2 or 130)."""
+    """Runs `command` and turns its outcome into a process exit code (0, 1, 2, 75 or 130)."""
     try:
         return command() or 0
     except UserError as error:
         message = " ".join(str(error).split())
         print(f"error: {message}", file=sys.stderr)
         return 2
+    except Preempted as reason:
+        print(f"stopped: {reason}", file=sys.stderr)
+        return PREEMPTED_CODE
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

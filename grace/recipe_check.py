@@ -118,6 +118,18 @@ def suggest(kind: type, key: str) -> str:
     return max(names, key=lambda name: _likeness(key, name.partition(".")[2]))
 
 
+def require_field(kind: type, name: str) -> None:
+    """Checks that `name`, "section.key", is a field.
+
+    Raises:
+        UserError: it is not; names the nearest.
+    """
+    section, _, key = name.partition(".")
+    hint = typing.get_type_hints(kind).get(section)
+    if hint is None or key not in _fields(hint):
+        raise UserError(f"unknown key {name}, {_nearest(kind, name)}")
+
+
 def _build_section(
     kind: type, section_kind: type, section: str, content: Mapping[Any, Any], where: Callable[[str], str]
 ) -> Any:

@@ -5,13 +5,14 @@
 
 import contextlib
 import copy
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
+from accelerate import Accelerator
 from accelerate.utils import get_int_from_env
 from torch import Tensor
 
@@ -25,9 +26,11 @@ from grace.files import locked, remove_leftovers
 from grace.models import qwen3vl
 from grace.models.placement import load_teacher, teacher_devices
 from grace.models.processor import load_processor
+from grace.parallel import Replicas, placed
 from grace.quant.fake_quant import Kernels, TorchKernels, use_kernels
+from grace.recipe_check import require_field
 from grace.run_files import RECIPE_FILE
-from grace.step import Objective, StudentWithLoss, row_kernel
+from grace.student import Objective, StudentWithLoss, row_kernel
 from grace.watch import Watch
 
 # Settings that may differ between the two halves of an interrupted run: they do not touch its numbers.
@@ -52,9 +55,8 @@ class Run:
     recipe: Recipe
     accelerator: Accelerator
     model: qwen3vl.Qwen3VLForConditionalGeneration
-    student: torch.nn.Module  # the model with its loss, wrapped for the processes in use
+    parallel: Replicas  # the model with its loss and optimizer, on the processes in use
     teacher: qwen3vl.Qwen3VLForConditionalGeneration | None
-    optimizer: torch.optim.AdamW
     controller: IBController
     objective: Objective
     total_steps: int
@@ -62,24 +64,9 @@ class Run:
     kernels: str  # torch | triton
     watch: Watch
     cache: TeacherCache | None = None  # in place of a teacher
+    records: str = ""  # digest of which records are trained on
     step: int = 0
     validation: dict[str, float] | None = None
-
-
-def make_accelerator(recipe: Recipe) -> Accelerator:
-    """The Accelerator for this launch; refuses modes that this version would get wrong."""
-    unused_ok = DistributedDataParallelKwargs(
-        find_unused_parameters=True
-    )  # text-only micro-batches skip the mergers
-    accelerator = Accelerator(
-        mixed_precision="bf16" if recipe.run.precision == "bf16" else "no", kwargs_handlers=[unused_ok]
-    )
-    supported = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
-    if accelerator.distributed_type not in supported:
-        raise UserError(
-            f"{accelerator.distributed_type} is not supported yet: launch with recipes/accelerate/single.yaml or ddp.yaml"
-        )
-    return accelerator
 
 
 def set_up(
@@ -118,23 +105,17 @@ def set_up(
         options.tau, options.eta, options.beta_init, options.beta_min, options.beta_max,
         ema_decay=options.ema_decay, tau_fraction=options.tau_fraction, tau_warmup_steps=options.tau_warmup_steps,
     )  # fmt: skip
-    optimizer = make_optimizer(model, recipe)
-    student = accelerator.prepare(StudentWithLoss(model, objective))
+    student = StudentWithLoss(model, objective, compute_dtype(recipe))
+    parallel = placed(accelerator, student, lambda m: make_optimizer(m, recipe), recipe.optim.max_grad_norm)
     return Run(
-        recipe,
-        accelerator,
-        model,
-        student,
-        teacher,
-        optimizer,
-        controller,
-        objective,
-        steps,
-        base_config,
-        kernels,
-        Watch(recipe, accelerator, model, teacher, optimizer),
-        cache,
-    )
+        recipe, accelerator, model, parallel, teacher, controller, objective, steps, base_config, kernels,
+        Watch(recipe, accelerator, model, teacher, parallel.optimizer), cache,
+    )  # fmt: skip
+
+
+def compute_dtype(recipe: Recipe) -> torch.dtype:
+    """What products are computed in; parameters are float32."""
+    return torch.bfloat16 if recipe.run.precision == "bf16" else torch.float32
 
 
 def placed_teacher(
@@ -245,8 +226,13 @@ def total_steps(recipe: Recipe, records: int) -> int:
 
 
 @contextlib.contextmanager
-def claimed(run_dir: Path, recipe: Recipe, is_main: bool) -> Iterator[None]:
+def claimed(
+    run_dir: Path, recipe: Recipe, is_main: bool, allow_changed: Sequence[str] = ()
+) -> Iterator[None]:
     """Holds a run directory: one writer at a time, one recipe per directory.
+
+    Args:
+        allow_changed: fields `section.key` in which the recipe may differ.
 
     Raises:
         UserError: another process holds it, it cannot be written, or it belongs to something else.
@@ -257,11 +243,11 @@ def claimed(run_dir: Path, recipe: Recipe, is_main: bool) -> Iterator[None]:
     with locked(run_dir, "run.output_dir"):
         for folder in (run_dir, run_dir / "checkpoints"):
             remove_leftovers(folder)
-        require_same_recipe(run_dir, recipe)
+        require_same_recipe(run_dir, recipe, allow_changed)
         yield
 
 
-def require_same_recipe(run_dir: Path, recipe: Recipe) -> None:
+def require_same_recipe(run_dir: Path, recipe: Recipe, allow_changed: Sequence[str] = ()) -> None:
     """Checks a recipe against that of the run found in the directory, if one is there.
 
     A run that has saved nothing yet has nothing to lose: its recipe may be corrected.
@@ -269,6 +255,8 @@ def require_same_recipe(run_dir: Path, recipe: Recipe) -> None:
     Raises:
         UserError: the directory belongs to another recipe, or to something that is no run.
     """
+    for name in allow_changed:
+        require_field(Recipe, name)
     written = run_dir / RECIPE_FILE
     if not written.exists():
         if any(not path.name.startswith(".") for path in run_dir.iterdir()):  # but for locks and temporaries
@@ -278,13 +266,14 @@ def require_same_recipe(run_dir: Path, recipe: Recipe) -> None:
         return
     if not checkpoint.checkpoint_paths(run_dir) and not (run_dir / "model").exists():
         return
-    changes = [
-        change
-        for change in recipe_diff(load_recipe(written), recipe)
-        if change.split(":")[0] not in RESUME_MAY_CHANGE
+    changes = recipe_diff(load_recipe(written), recipe)
+    refused = [
+        change for change in changes if change.split(":")[0] not in (*RESUME_MAY_CHANGE, *allow_changed)
     ]
-    if changes:
+    if refused:
         raise UserError(
-            f"{run_dir} belongs to a run with another recipe ({'; '.join(changes)}): "
-            "set run.output_dir, or give the same settings to continue it"
+            f"{run_dir} belongs to a run with another recipe ({'; '.join(refused)}): set run.output_dir, give the same "
+            f"settings to continue it, or allow the change with --allow-changed {refused[0].split(':')[0]}"
         )
+    if changes:
+        print(f"{run_dir} goes on with a changed recipe ({'; '.join(changes)})", file=sys.stderr)

@@ -28,6 +28,11 @@ class RunData:
     validation: list[Record]
     left_out: Mapping[str, int]
 
+    def digest(self) -> str:
+        """SHA-256 over the ids of all records, in order."""
+        names = "\n".join(record.id for record in (*self.records, *self.validation))
+        return hashlib.sha256(names.encode()).hexdigest()
+
     def notes(self) -> list[str]:
         """What was left out, in a line for people; nothing, if nothing was."""
         if not self.left_out:
@@ -70,8 +75,7 @@ def require_same_on_all_ranks(data: RunData, accelerator: Accelerator) -> None:
     """
     if accelerator.num_processes == 1:
         return
-    names = "\n".join(record.id for record in (*data.records, *data.validation))
-    if len(set(gather_object([hashlib.sha256(names.encode()).hexdigest()]))) > 1:
+    if len(set(gather_object([data.digest()]))) > 1:
         raise UserError(
             "the processes read different records: give all of them the same data and audit files"
         )

@@ -4,55 +4,69 @@
 """
 
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import cast
 
 import torch
+from torch import Tensor
 
 from grace import checkpoint
+from grace.checkpoint_saver import CheckpointSaver
 from grace.config import recipe_hash, to_yaml
+from grace.errors import UserError
 from grace.files import write_text
 from grace.models import qwen3vl
-from grace.quant.grid import dequantize
+from grace.quant.grid import dequantize, quantize
 from grace.run import Run
 from grace.run_files import RECIPE_FILE
 from grace.tracking import Tracker
 
 
-def save_resume_state(run: Run, tracker: Tracker, run_dir: Path) -> None:
-    """Everything that a killed run needs to go on to the same numbers."""
-    trainable = {name: p for name, p in run.model.named_parameters() if p.requires_grad}
-    moments = {
-        f"{name}.{key}": value
-        for name, p in trainable.items()
-        for key, value in run.optimizer.state[p].items()
-    }
-    state = {"controller": run.controller.state_dict(), "window": tracker.state(), "validation": run.validation}  # fmt: skip
+def save_resume_state(run: Run, tracker: Tracker, saver: CheckpointSaver, score: float | None) -> None:
+    """Everything that a killed run needs to go on to the same numbers; called by all processes together.
+
+    Args:
+        score: validation loss of this very step, where it was measured.
+
+    Raises:
+        UserError: the checkpoint before this one could not be written.
+    """
+    names = run.parallel.trainable()
+    trainable = run.parallel.for_main((n, t) for n, t in run.parallel.weights() if n in names)
+    moments = run.parallel.for_main(run.parallel.moments())
+    if not run.accelerator.is_main_process:
+        return
+    state = {
+        "controller": run.controller.state_dict(), "window": tracker.state(), "validation": run.validation,
+        "records": run.records,
+    }  # fmt: skip
     rng = {"torch": torch.get_rng_state()}
     tensors = {"trainable": trainable, "optimizer": moments, "rng": rng, "watch": run.watch.state()}
-    checkpoint.save_checkpoint(run_dir, run.step, tensors, state, run.recipe.run.keep_last)
+    saver.save(run.step, tensors, state, score)
 
 
-def resume(run: Run, tracker: Tracker, run_dir: Path) -> None:
-    """Continues from the newest checkpoint, or starts a new run: its recipe and its log."""
+def resume(run: Run, tracker: Tracker, run_dir: Path, allow_changed: Sequence[str] = ()) -> None:
+    """Continues from the newest checkpoint, or starts a new run: its recipe and its log.
+
+    Raises:
+        UserError: every checkpoint is damaged, or the data holds other records than the run began with.
+    """
     if run.accelerator.is_main_process:
         write_text(run_dir / RECIPE_FILE, to_yaml(run.recipe))
     saved = checkpoint.load_newest_checkpoint(run_dir)
     if saved is None:
         tracker.start(0, None)
         return
-    with torch.no_grad():
-        for name, parameter in run.model.named_parameters():
-            if parameter.requires_grad:
-                parameter.copy_(saved.tensors["trainable"][name])
-                moments = {
-                    key: saved.tensors["optimizer"][f"{name}.{key}"].to(parameter.device)
-                    for key in ("step", "exp_avg", "exp_avg_sq")
-                    if f"{name}.{key}" in saved.tensors["optimizer"]  # absent: no gradient so far
-                }
-                if moments:
-                    run.optimizer.state[parameter] = moments
+    if saved.state.get("records", run.records) != run.records and not any(
+        field.startswith("data.") for field in allow_changed
+    ):
+        raise UserError(
+            f"the records are not those that {run_dir} began with (another annotation file or audit): put them back, "
+            "set run.output_dir, or go on with these by --allow-changed data.path"
+        )
+    run.parallel.load(saved.tensors["trainable"], saved.tensors["optimizer"])
     run.controller.load_state_dict(saved.state["controller"])
     run.watch.load_state(saved.tensors.get("watch", {}))
     run.validation = saved.state["validation"]
@@ -63,16 +77,17 @@ def resume(run: Run, tracker: Tracker, run_dir: Path) -> None:
 
 
 def save_final_model(run: Run, run_dir: Path) -> None:
-    """Writes `model/`: W_hat plus codes, scales and latents, or the plain weights."""
-    state = {name: tensor for name, tensor in run.model.state_dict().items() if not name.endswith(".theta")}
-    if run.base_config.tie_word_embeddings:
-        state.pop("lm_head.weight", None)
+    """Writes `model/`: W_hat plus codes, scales and latents, or the plain weights; called by all together."""
+    state = run.parallel.for_main(run.parallel.weights())
+    if not run.accelerator.is_main_process:
+        return
     qat, config = None, run.base_config
     dtype = torch.float32
     if run.recipe.quant.bits is not None:
-        qat = quantized_state(run)
+        qat = quantized_state(run, state)
         for name, weight in qat.modules.items():
             state[f"{name}.weight"] = dequantize(weight.codes_OI, weight.scales_OG, qat.group_size)
+            del state[f"{name}.theta"]
     elif run.recipe.run.precision == "bf16":
         dtype = torch.bfloat16
     state = {name: tensor.to(dtype) for name, tensor in state.items()}
@@ -80,14 +95,17 @@ def save_final_model(run: Run, run_dir: Path) -> None:
     checkpoint.save_model(run_dir / "model", state, config, Path(run.recipe.student.path), qat)
 
 
-def quantized_state(run: Run) -> checkpoint.QatState:
+def quantized_state(run: Run, weights: Mapping[str, Tensor]) -> checkpoint.QatState:
     """Codes and scales as trained, with latents, and what a reader wants to know of the run."""
+    bits, group_size = cast(int, run.recipe.quant.bits), run.recipe.quant.group_size
     modules = {}
-    for name, layer in qwen3vl.quantized_linears(run.model).items():
-        codes_OI, scales_OG = layer.codes_and_scales()
-        modules[name] = checkpoint.QuantizedWeight(
-            codes_OI.cpu(), scales_OG.cpu(), layer.weight.detach().cpu(), layer.theta.detach().cpu()
-        )
+    for name in qwen3vl.quantized_linears(run.model):
+        latent_OI, theta_OG = weights[f"{name}.weight"], weights[f"{name}.theta"]
+        try:
+            codes_OI, scales_OG = quantize(latent_OI, theta_OG, group_size, bits)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+        modules[name] = checkpoint.QuantizedWeight(codes_OI, scales_OG, latent_OI, theta_OG)
     info = {
         "recipe": asdict(run.recipe),
         "recipe_sha256": recipe_hash(run.recipe),
@@ -95,4 +113,4 @@ def quantized_state(run: Run) -> checkpoint.QatState:
         "steps": run.step,
         "base_model": run.recipe.student.path,
     }
-    return checkpoint.QatState(cast(int, run.recipe.quant.bits), run.recipe.quant.group_size, modules, info)
+    return checkpoint.QatState(bits, group_size, modules, info)

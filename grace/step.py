@@ -3,10 +3,9 @@
 Losses are sums divided by counts of the *whole* step (every micro-batch, every rank), so the
 numbers do not depend on how a batch is cut. Equations: DESIGN section 4, arXiv:2601.22709.
 
-Shape suffixes: T supervised tokens, V vocabulary.
+Shape suffixes: T supervised tokens, E teacher width, V vocabulary.
 """
 
-import contextlib
 import itertools
 import math
 from collections.abc import Sequence
@@ -14,51 +13,18 @@ from dataclasses import dataclass, field
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 
 from grace import step_stats
 from grace.data.batch import Batch
-from grace.distill.cached import CachedSignals
-from grace.distill.fused import RowKernel
-from grace.distill.objective import micro_batch_loss
-from grace.distill.rows import RowLosses, RowSettings, TopKRows, loss_rows
 from grace.distill.teacher import IGNORE_INDEX, TeacherSignals, supervised, teacher_signals
 from grace.models import qwen3vl
-
-Signals = TeacherSignals | CachedSignals
+from grace.parallel import Replicas
+from grace.student import Signals, StepCounts, Weights
 
 
 class NonFiniteLoss(RuntimeError):
     """A loss or gradient is NaN or infinite; raised before the optimizer step."""
-
-
-@dataclass(frozen=True)
-class Objective:
-    """The constants of the loss."""
-
-    kind: str  # none | kl | gdkd
-    temperature: float
-    tckd_weight: float
-    nckd_weight: float
-    vocabulary: int  # shared by teacher and student
-    row_kernel: RowKernel = loss_rows
-
-
-@dataclass(frozen=True)
-class Weights:
-    """The multipliers that change from step to step."""
-
-    beta: float
-    omega: float
-
-
-@dataclass(frozen=True)
-class StepCounts:
-    """Normalisers of one optimizer step, over all micro-batches and ranks."""
-
-    tokens: float
-    gate_sum: float
-    images: float
 
 
 @dataclass(frozen=True)
@@ -82,80 +48,19 @@ class StepResult:
     work: Sequence[float] = ()
 
 
-def row_kernel(kernels: str) -> RowKernel:
-    """What takes a chunk's losses and gradient: "torch" operations, or the "triton" kernel."""
-    if kernels == "torch":
-        return loss_rows
-    from grace.kernels import gdkd_top_k_triton, gdkd_triton
+@dataclass(frozen=True)
+class StepTotals:
+    """What is known of a step before its student runs, over all ranks.
 
-    def rows(
-        student_CV: Tensor,
-        teacher: Tensor | TopKRows | None,
-        targets_C: Tensor,
-        gate_C: Tensor | None,
-        settings: RowSettings,
-        with_gradient: bool,
-    ) -> RowLosses:
-        options = {**vars(settings), "with_gradient": with_gradient}
-        if isinstance(teacher, TopKRows):
-            assert gate_C is not None  # a cache holds the gates too
-            losses = gdkd_top_k_triton.loss_rows(student_CV, *teacher, targets_C, gate_C, **options)
-            return RowLosses(*losses, gate_C)
-        return RowLosses(*gdkd_triton.loss_rows(student_CV, teacher, targets_C, gate_C, **options))
+    Attributes:
+        micro_batches: the most of a rank.
+        gates, work: as in `StepResult`.
+    """
 
-    return rows
-
-
-class StudentWithLoss(nn.Module):
-    """The student and its loss in one forward, so that wrappers (DDP and others) see both."""
-
-    def __init__(self, model: qwen3vl.Qwen3VLForConditionalGeneration, objective: Objective):
-        super().__init__()
-        self.model = model
-        self.objective = objective
-
-    def forward(
-        self,
-        batch: Batch | None,
-        signals: Signals | None,
-        head_VE: Tensor | None,
-        counts: StepCounts,
-        weights: Weights,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The micro-batch's share of the step's loss, detached sums [ce, kd, rcka, degenerate], and `image_sums`."""
-        if batch is None:  # this rank has fewer micro-batches: keep the collectives in step
-            nothing = sum(p.sum() * 0.0 for p in self.model.parameters() if p.requires_grad)
-            assert isinstance(nothing, Tensor)
-            zeros = torch.zeros(4, dtype=torch.float64, device=nothing.device)
-            return nothing, zeros, step_stats.no_image_sums(nothing.device)
-        hidden = qwen3vl.hidden_states(self.model, batch)
-        hidden_TD, targets_T = supervised(hidden.final_BLD, batch.labels_BL)
-        student_visual: tuple[Tensor, ...] = ()
-        if signals is not None and weights.omega > 0:
-            student_visual = qwen3vl.visual_tokens(self.model, hidden.last_layer_input_BLD, batch)
-        teacher = {} if signals is None else signals.loss_inputs(head_VE, with_images=bool(student_visual))
-        total, parts = qwen3vl.loss_through_head(
-            self.model,
-            micro_batch_loss,
-            hidden_TD,
-            targets_T,
-            token_count=counts.tokens,
-            gate_sum=counts.gate_sum,
-            beta=weights.beta,
-            kind=self.objective.kind if signals is not None else "none",
-            temperature=self.objective.temperature,
-            tckd_weight=self.objective.tckd_weight,
-            nckd_weight=self.objective.nckd_weight,
-            student_visual=student_visual,
-            image_count=counts.images,
-            omega=weights.omega,
-            row_kernel=self.objective.row_kernel,
-            **teacher,
-        )
-        sums = torch.stack(
-            [t.double() for t in (parts.ce_sum, parts.kd_sum, parts.rcka_sum, parts.degenerate)]
-        )
-        return total, sums, step_stats.image_sums(parts)
+    counts: StepCounts
+    micro_batches: int
+    gates: list[float]
+    work: list[float]
 
 
 @torch.inference_mode()
@@ -213,21 +118,25 @@ def count_step(
     batches: Sequence[Batch | None],
     signals: Sequence[Signals | None],
     work: Sequence[float] = (),
-) -> tuple[StepCounts, list[float], list[float]]:
-    """Sums tokens, usable images, `gate_sums` and `work` over the step; one unconditional collective."""
-    sums = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
+) -> StepTotals:
+    """Sums over the step, and the most micro-batches of a rank; one unconditional collective."""
+    mine = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
     gates = torch.zeros(2 + step_stats.GATE_BINS, dtype=torch.float64, device=accelerator.device)
+    mine[0] = len(batches)
     for batch in batches:
         if batch is not None:
-            sums[0] += supervised_tokens(batch)
+            mine[1] += supervised_tokens(batch)
     for signal in signals:
         if signal is not None:
-            sums[1] += signal.image_count
+            mine[2] += signal.image_count
             gates += step_stats.gate_sums(signal.gate_T)
     done = torch.tensor(work, dtype=torch.float64, device=accelerator.device)
-    tokens, images, *rest = reduce_sum(accelerator, torch.cat([sums, gates, done])).tolist()
-    counts = StepCounts(max(tokens, 1.0), max(rest[0], 1e-12), max(images, 1.0))
-    return counts, rest[: 2 + step_stats.GATE_BINS], rest[2 + step_stats.GATE_BINS :]
+    ranks = torch.atleast_2d(accelerator.gather(torch.cat([mine, gates, done]).unsqueeze(0)))  # type: ignore[arg-type]
+    most = ranks[:, :1].amax(0)
+    micro_batches, _, tokens, images, gate_sum, *rest = torch.cat([most, ranks.sum(0)]).tolist()
+    counts = StepCounts(max(tokens, 1.0), max(gate_sum, 1e-12), max(images, 1.0))
+    end = 1 + step_stats.GATE_BINS
+    return StepTotals(counts, int(micro_batches), [gate_sum, *rest[:end]], rest[end:])
 
 
 def supervised_tokens(batch: Batch) -> Tensor:
@@ -251,8 +160,7 @@ def reduce_sum(accelerator: Accelerator, values: Tensor) -> Tensor:
 
 
 def forward_backward(
-    accelerator: Accelerator,
-    student: nn.Module,
+    parallel: Replicas,
     batches: Sequence[Batch | None],
     signals: Sequence[Signals | None],
     weights: Weights,
@@ -260,7 +168,7 @@ def forward_backward(
     head_VE: Tensor | None = None,
     work: Sequence[float] = (),
 ) -> StepResult:
-    """Accumulates the step's gradients into the student; the caller moves the optimizer.
+    """Accumulates the step's gradients; the caller then lets `parallel` update.
 
     Args:
         batches: this rank's micro-batches.
@@ -271,20 +179,23 @@ def forward_backward(
     Raises:
         NonFiniteLoss: names the records of the micro-batches concerned.
     """
-    counts, gates, all_work = count_step(accelerator, batches, signals, work)
+    accelerator = parallel.accelerator
+    totals = count_step(accelerator, batches, signals, work)
+    counts, most = totals.counts, totals.micro_batches
     if not math.isfinite(counts.gate_sum):
         raise NonFiniteLoss(
             f"the teacher's output is not finite; records concerned: {non_finite(batches, signals)}"
         )
+    # Packed rows may be more on another rank, and collectives must stay in step.
+    short = [None] * (most - len(batches))
+    batches, signals = [*batches, *short], [*signals, *short]
     sums = torch.zeros(4, dtype=torch.float64, device=accelerator.device)
     seen = step_stats.no_image_sums(accelerator.device)
     suspects: list[str] = []
     for index, (batch, signal) in enumerate(zip(batches, signals, strict=True)):
-        last = index == len(batches) - 1
-        with contextlib.nullcontext() if last else accelerator.no_sync(student):
-            total, part_sums, part_seen = student(batch, signal, head_VE, counts, weights)
-            # Data-parallel wrappers average gradients over ranks; our normalisers are global already.
-            accelerator.backward(total * accelerator.num_processes)
+        with parallel.micro_batch(last=index == len(batches) - 1):
+            total, part_sums, part_seen = parallel.student(batch, signal, head_VE, counts, weights)
+            parallel.backward(total)
         if batch is not None and not bool(torch.isfinite(part_sums).all()):
             suspects.extend(batch.record_ids)
         sums += part_sums
@@ -295,7 +206,7 @@ def forward_backward(
     ce, kd, rcka = ce_sum / counts.tokens, kd_sum / kd_norm, rcka_sum / counts.images
     total_loss = ce + weights.beta * kd + weights.omega * rcka
     cka = step_stats.image_stats(images, rcka_sum)
-    result = StepResult(total_loss, ce, kd, rcka, degenerate, counts, gates, cka, all_work)
+    result = StepResult(total_loss, ce, kd, rcka, degenerate, counts, totals.gates, cka, totals.work)
     if not torch.isfinite(torch.tensor([ce, kd, rcka])).all():
         raise NonFiniteLoss(
             f"the loss is not finite (ce {ce}, kd {kd}, rcka {rcka}); records of this batch: {suspects}"

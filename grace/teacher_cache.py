@@ -48,7 +48,8 @@ from grace.errors import Parser, UserError, run_command
 from grace.files import locked
 from grace.models import qwen3vl
 from grace.models.processor import load_processor
-from grace.run import make_accelerator, placed_teacher, require_same_tokenizer
+from grace.parallel import make_accelerator
+from grace.run import placed_teacher, require_same_tokenizer
 from grace.run_data import load_run_data
 from grace.step import NonFiniteLoss, teacher_outputs
 
@@ -73,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def command() -> int:
         recipe = load_recipe(args.recipe, args.overrides)
-        accelerator = make_accelerator(recipe)
+        accelerator = make_accelerator()
         summary = fill_cache(recipe, args.out, accelerator, args.records_per_shard)
         if accelerator.is_main_process:
             print("{cache}: {records} records, {tokens} tokens, {images} images, {bytes:,} bytes; {added} records "

@@ -20,22 +20,26 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from grace.cache_settings import open_cache
+from grace.checkpoint_saver import CheckpointSaver
 from grace.config import Recipe, load_recipe
 from grace.data.batch import Batch, collate
 from grace.data.records import Record
 from grace.data.template import encode
-from grace.errors import Parser, UserError, run_command
+from grace.errors import Parser, Preempted, UserError, run_command
 from grace.evaluation.exact_match import evaluate
 from grace.evaluation.samples import sample_table
 from grace.models import qwen3vl
 from grace.models.processor import load_processor
-from grace.run import Run, claimed, make_accelerator, set_up, total_steps
+from grace.parallel import make_accelerator
+from grace.preemption import ignore_in_worker, listening
+from grace.run import Run, claimed, compute_dtype, set_up, total_steps
 from grace.run_data import load_run_data, require_same_on_all_ranks
 from grace.run_info import announce, publish_model
 from grace.run_save import resume, save_final_model, save_resume_state
-from grace.step import NonFiniteLoss, Signals, Weights, forward_backward, reduce_sum, run_teacher
+from grace.step import NonFiniteLoss, forward_backward, reduce_sum, run_teacher
 from grace.step_inputs import StepBatches, StepInputs
 from grace.step_stats import Stats, gate_stats, padding_share
+from grace.student import Signals, Weights, autocast
 from grace.tracking import Tracker
 from grace.watch import HISTOGRAM_EDGES, controller_values
 
@@ -51,6 +55,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--dry-run", action="store_true", help="print the plan and stop; needs no weights or data"
     )
+    parser.add_argument(
+        "--allow-changed", action="append", default=[], metavar="section.key",
+        help="go on with an interrupted run although this field has changed",
+    )  # fmt: skip
     args = parser.parse_args(argv)
 
     def command() -> int:
@@ -62,22 +70,26 @@ def main(argv: Sequence[str] | None = None) -> int:
             if os.environ.get("RANK", "0") == "0":
                 print(text)
         else:
-            train(recipe)
+            train(recipe, args.allow_changed)
         return 0
 
     return run_command(command)
 
 
-def train(recipe: Recipe) -> Path:
+def train(recipe: Recipe, allow_changed: Sequence[str] = ()) -> Path:
     """Runs a recipe to its end and returns the directory of the finished model.
+
+    Args:
+        allow_changed: fields `section.key` that may differ from those that an interrupted run began with.
 
     Raises:
         UserError: recipe, data, models or output directory are unusable.
+        Preempted: asked to stop (SIGTERM, SIGUSR1); the state after the last step is saved.
         NonFiniteLoss: training diverged; nothing was stepped or saved after the last good step.
     """
     run_dir = Path(recipe.run.output_dir)
-    accelerator = make_accelerator(recipe)
-    with claimed(run_dir, recipe, accelerator.is_main_process):
+    accelerator = make_accelerator()
+    with claimed(run_dir, recipe, accelerator.is_main_process, allow_changed):
         if (run_dir / "model").is_dir():
             accelerator.print(f"{run_dir} is finished: its model is {run_dir / 'model'}", file=sys.stderr)
             return run_dir / "model"
@@ -91,18 +103,19 @@ def train(recipe: Recipe) -> Path:
         cached = recipe.distils and recipe.teacher.cache is not None
         cache = open_cache(recipe, processor, records) if cached else None
         run = set_up(recipe, accelerator, processor.tokenizer, total_steps(recipe, len(records)), cache)
+        run.records = data.digest()
         tracker = Tracker(
             run_dir, run.total_steps, recipe.run.log_every, accelerator.is_main_process,
             HISTOGRAM_EDGES, run.watch.peak,
         )  # fmt: skip
-        resume(run, tracker, run_dir)
+        saver = CheckpointSaver(run_dir, recipe.run.keep_last, recipe.run.keep_best)
+        resume(run, tracker, run_dir, allow_changed)
         with tracker.aside():  # W&B may take its time
             announce(tracker, recipe, accelerator)
         try:
-            loop(run, tracker, records, validation, processor)
-            if accelerator.is_main_process:
-                save_final_model(run, run_dir)
-                publish_model(tracker, recipe, run.validation)
+            loop(run, tracker, saver, records, validation, processor)
+            save_final_model(run, run_dir)
+            publish_model(tracker, recipe, run.validation)
         finally:
             tracker.finish()
         accelerator.wait_for_everyone()
@@ -114,32 +127,49 @@ def _first(items: list[Any]) -> Any:
 
 
 def loop(
-    run: Run, tracker: Tracker, records: Sequence[Record], validation: Sequence[Record], processor: Any
+    run: Run,
+    tracker: Tracker,
+    saver: CheckpointSaver,
+    records: Sequence[Record],
+    validation: Sequence[Record],
+    processor: Any,
 ) -> None:
-    """Steps from `run.step` to the end, logging, validating and saving on the way."""
+    """Steps from `run.step` to the end, logging, validating and saving on the way.
+
+    Raises:
+        Preempted: asked to stop; the step is done and saved.
+    """
     settings, device = run.recipe.run, run.accelerator.device
     steps = range(run.step, run.total_steps)
     loader = DataLoader(
         StepBatches(run, records, processor), batch_size=1, collate_fn=_first, sampler=steps,  # type: ignore[arg-type]
-        num_workers=run.recipe.data.num_workers,
+        num_workers=run.recipe.data.num_workers, worker_init_fn=ignore_in_worker,
     )  # fmt: skip
-    for step, (inputs, waited) in zip(steps, timed(loader), strict=True):
-        if isinstance(inputs, UserError):
-            raise inputs
-        due = tracker.due(step + 1)
-        values, measured, totals = one_step(run, inputs.to(device), step, waited, due)
-        if step == steps.start:  # not before: a picture that cannot be read stays one line
-            run.accelerator.print(f"kernels: {run.kernels}", file=sys.stderr)
-        run.step = step + 1
-        tracker.add(run.step, values, measured=measured, **totals)
-        finished = run.step == run.total_steps
-        if finished or (settings.eval_every and run.step % settings.eval_every == 0):
-            with tracker.aside():
-                look_closer(run, tracker, validation, processor)
-        if finished or run.step % settings.save_every == 0:
-            if run.accelerator.is_main_process:
-                save_resume_state(run, tracker, Path(settings.output_dir))
-            run.accelerator.wait_for_everyone()
+    with listening() as stop:
+        for step, (inputs, waited) in zip(steps, timed(loader), strict=True):
+            if isinstance(inputs, UserError):
+                raise inputs
+            due = tracker.due(step + 1)
+            values, measured, totals = one_step(run, inputs.to(device), step, waited, due)
+            if step == steps.start:  # not before: a picture that cannot be read stays one line
+                run.accelerator.print(f"kernels: {run.kernels}", file=sys.stderr)
+            run.step = step + 1
+            tracker.add(run.step, values, measured=measured, **totals)
+            finished = run.step == run.total_steps
+            measure = finished or (settings.eval_every and run.step % settings.eval_every == 0)
+            if measure:
+                with tracker.aside():
+                    look_closer(run, tracker, validation, processor)
+            stopping = stop.on_any_rank(run.accelerator) and not finished
+            if finished or stopping or run.step % settings.save_every == 0:
+                score = run.validation["val/ce"] if run.validation and measure else None
+                save_resume_state(run, tracker, saver, score)
+            if stopping:
+                saver.wait()
+                raise Preempted(
+                    f"saved after step {run.step} of {run.total_steps}; the same command goes on from there"
+                )
+        saver.wait()
 
 
 def timed(loader: Iterable[Any]) -> Iterator[tuple[Any, float]]:
@@ -175,21 +205,17 @@ def one_step(
     omega = options.rcka_weight * min(1.0, (step + 1) / max(1, options.rcka_warmup_steps))
     weights = Weights(beta=run.controller.beta if options.loss != "none" else 0.0, omega=omega)
     factor = learning_rate_factor(step, run.total_steps, optim.warmup_ratio, optim.schedule)
-    for group in run.optimizer.param_groups:
+    for group in run.parallel.optimizer.param_groups:
         group["lr"] = group["base_lr"] * factor
-    run.optimizer.zero_grad(set_to_none=True)
     signals, head_VE = teacher_side(run, inputs)
     result = forward_backward(
-        run.accelerator, run.student, inputs.student, signals, weights, options.loss, head_VE,
-        [*inputs.work, waited],
-    )  # fmt: skip
-    trainable = [p for group in run.optimizer.param_groups for p in group["params"]]
+        run.parallel, inputs.student, signals, weights, options.loss, head_VE, [*inputs.work, waited]
+    )
     norms = run.watch.grad_norms() if due else {}
-    norm = float(run.accelerator.clip_grad_norm_(trainable, optim.max_grad_norm))  # type: ignore[arg-type]
+    norm = run.parallel.update()
     if not math.isfinite(norm):
         names = [record_id for batch in inputs.student if batch is not None for record_id in batch.record_ids]
         raise NonFiniteLoss(f"the gradient is not finite at step {step + 1}; records of this step: {names}")
-    run.optimizer.step()
     values: Stats = {
         "loss/total": result.total,
         "loss/ce": result.ce,
@@ -232,14 +258,15 @@ def validate(run: Run, tracker: Tracker, records: Sequence[Record], processor: A
     """Cross-entropy and exact match on the validation records, shared out over the ranks."""
     accelerator, settings = run.accelerator, run.recipe.run
     mine = records[accelerator.process_index :: accelerator.num_processes]
-    training = run.model.training
-    run.model.eval()
-    with accelerator.autocast():
-        scores = evaluate(run.model, validation_batches(mine, processor, run.recipe), accelerator.device)
+    model = run.parallel.for_evaluation()
+    training = model.training
+    model.eval()
+    with autocast(accelerator.device, compute_dtype(run.recipe)):
+        scores = evaluate(model, validation_batches(mine, processor, run.recipe), accelerator.device)
         if accelerator.is_main_process:
             samples = records[: settings.eval_samples] if tracker.run is not None else []
-            tracker.log_samples(run.step, sample_table(run.model, processor, samples))
-    run.model.train(training)
+            tracker.log_samples(run.step, sample_table(model, processor, samples))
+    model.train(training)
     sums = [
         float(len(scores)),
         float(sum(s.exact for s in scores)),

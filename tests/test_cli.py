@@ -28,6 +28,8 @@ USAGE_ERRORS = {
     "export: no run": (["export", "--out", "x"], "RUN"),
     "export: no out": (["export", "run"], "--out"),
     "export: unknown format": (["export", "run", "--out", "x", "--format", "awk"], "'awq'"),
+    "export: size in words": (["export", "run", "--out", "x", "--max-shard-size", "big"], "2GiB"),
+    "export: no size": (["export", "run", "--out", "x", "--max-shard-size", "0"], "above 0"),
     "generate: no prompt": (["generate", "somewhere"], "--prompt"),
     "generate: image without files": ([*GENERATE, "--image"], "--image"),
     "generate: no tokens": ([*GENERATE, "--max-new-tokens", "0"], "at least 1"),
@@ -122,6 +124,22 @@ def test_version(capsys):
 def test_choices_are_those_of_the_implementations():
     assert cli.KERNELS == KERNELS
     assert cli.FORMATS == FORMATS
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("1", 1),
+        ("500MB", 5 * 10**8),
+        ("2GB", 2 * 10**9),
+        ("1.5 GiB", 3 * 2**29),
+        ("10k", 10**4),
+        ("7B", 7),
+        ("2gb", 2 * 10**9),
+    ],
+)
+def test_sizes(text: str, size: int):
+    assert cli.byte_size(text) == size
 
 
 def test_arguments_reach_the_implementations(monkeypatch):

@@ -12,13 +12,16 @@ PACKAGE = ROOT / "grace"
 
 FLOOR = {"errors", "files"}
 LEAVES = {"config", "data", "models", "quant", "distill", "kernels", "checkpoint", "tracking"}
-TRAINING = {"train", "run", "step", "plan", "teacher_cache"}
+TRAINING = {"train", "run", "step", "parallel", "plan", "teacher_cache"}
 ASSEMBLERS = TRAINING | {"export", "runtime", "evaluation"}
 COMMANDS = {"cli", "demo", "report", "__main__"}
 # Files split off a part of another name.
 BELONGS_TO = {
+    "checkpoint_saver": "checkpoint",
     "recipe_check": "config", "plan_memory": "plan", "plan_text": "plan", "run_save": "run", "run_data": "run",
-    "run_files": "files", "run_info": "run", "watch": "run", "step_stats": "step", "tracking_wandb": "tracking", "step_inputs": "train", "cache_settings": "teacher_cache",
+    "preemption": "run", "step_inputs": "train", "cache_settings": "teacher_cache", "student": "step",
+    "parallel_fsdp": "parallel", "parallel_zero": "parallel",
+    "run_files": "files", "run_info": "run", "watch": "run", "step_stats": "step", "tracking_wandb": "tracking",
     "cli_args": "cli", "cli_data": "cli", "cli_audit": "cli",
 }  # fmt: skip
 # Leaves that may import another: models wrap linears with quant's module class.
@@ -30,7 +33,7 @@ MAX_FUNCTION_LINES = 60  # without the docstring
 ROUNDING = {"round", "round_", "rint", "rint_"}
 # Names of Hugging Face modules in other files: texts of a file format or a table, not ways into a model.
 NAMED_ELSEWHERE = {
-    ("grace/export/pack.py", "model.visual"),  # modules_to_not_convert, DESIGN section 6
+    ("grace/export/awq.py", "model.visual"),  # modules_to_not_convert, DESIGN section 6
     ("grace/runtime/inspect.py", "model.language_model."),  # left out of the names it prints
 }
 

@@ -100,10 +100,17 @@ def test_accelerate_reads_its_files(path):
 
 
 def test_accelerate_files_launch_what_they_are_named_after():
-    single = accelerate_config(RECIPES / "accelerate" / "single.yaml")
-    ddp = accelerate_config(RECIPES / "accelerate" / "ddp.yaml")
-    assert str(single.distributed_type).endswith("NO") and single.num_processes == 1
-    assert str(ddp.distributed_type).endswith("MULTI_GPU") and ddp.num_processes > 1
+    configs = {path.stem: accelerate_config(path) for path in ACCELERATE}
+    kinds = {name: str(config.distributed_type).split(".")[-1] for name, config in configs.items()}
+    zero = dict.fromkeys(("zero2", "zero3", "zero3_offload", "multi_node"), "DEEPSPEED")
+    assert kinds == {"single": "NO", "ddp": "MULTI_GPU", "fsdp2": "FSDP"} | zero
+    assert all(config.num_processes > 1 for name, config in configs.items() if name != "single")
+    assert configs["fsdp2"].fsdp_config["fsdp_version"] == 2
+    stages = {name: configs[name].deepspeed_config["zero_stage"] for name in zero}
+    assert stages == {"zero2": 2, "zero3": 3, "zero3_offload": 3, "multi_node": 2}
+    offload = {name: configs[name].deepspeed_config["offload_param_device"] for name in zero}
+    assert {name for name, device in offload.items() if device == "cpu"} == {"zero3_offload"}
+    assert configs["multi_node"].num_machines == 2
 
 
 def sweep_argv(path: Path, tmp_path: Path, pick: str) -> list[str]:

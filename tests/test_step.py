@@ -5,7 +5,6 @@ Run as a script under `torch.distributed.run`, this file is one rank of the same
 
 import dataclasses
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ import torch
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from two_ranks import launch_two
 
 from grace.config import load_recipe
 from grace.data.batch import Batch, collate
@@ -29,8 +29,10 @@ from grace.distill.teacher import supervised
 from grace.models import qwen3vl
 from grace.models.placement import spread, weight_bytes
 from grace.models.processor import load_processor
-from grace.run import Run, make_accelerator, set_up
-from grace.step import NonFiniteLoss, Weights, forward_backward, run_teacher
+from grace.parallel import make_accelerator
+from grace.run import Run, set_up
+from grace.step import NonFiniteLoss, forward_backward, run_teacher
+from grace.student import Weights
 
 WEIGHTS = Weights(beta=0.7, omega=3.0)
 
@@ -70,11 +72,11 @@ def prepare(models: Path, world: Path, out: Path, *extra: str) -> tuple[Run, obj
         ],
     )
     processor = load_processor(recipe.student.path)
-    run = set_up(recipe, make_accelerator(recipe), processor.tokenizer, 1)
+    run = set_up(recipe, make_accelerator(), processor.tokenizer, 1)
     torch.manual_seed(3)
     with torch.no_grad():
         for layer in qwen3vl.quantized_linears(run.model).values():
-            layer.theta += 0.2 * torch.randn_like(layer.theta)
+            layer.theta.add_(0.2 * torch.randn_like(layer.theta))
     return run, processor
 
 
@@ -93,11 +95,11 @@ def step(
     teacher_batches: Sequence[Batch | None] | None = None,
 ) -> dict[str, Tensor]:
     """Losses, counts and all gradients of one step, as one dictionary of tensors."""
-    run.optimizer.zero_grad(set_to_none=True)
+    run.parallel.optimizer.zero_grad(set_to_none=True)
     assert run.teacher is not None
     signals = run_teacher(run.teacher, batches, run.objective.vocabulary, teacher_batches)
     head_VE = qwen3vl.head_weight(run.teacher)
-    result = forward_backward(run.accelerator, run.student, batches, signals, weights, "gdkd", head_VE)
+    result = forward_backward(run.parallel, batches, signals, weights, "gdkd", head_VE)
     losses = ("total", "ce", "kd", "rcka", "degenerate_images")
     values = {f"loss.{name}": torch.tensor(getattr(result, name), dtype=torch.float64) for name in losses}
     values |= {
@@ -257,22 +259,6 @@ def test_non_finite_loss_names_the_records_of_its_micro_batch(single, tiny_world
 
 
 # ---------------------------------------------------------------- two ranks
-
-
-def launch_two(script: Sequence[str], log: Path, timeout: float = 200) -> None:
-    """Runs a script on two CPU ranks to its end; on failure shows what they said."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local_addr", "127.0.0.1"]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    with log.open("w") as file:
-        process = subprocess.Popen(
-            [*launcher, "--nproc_per_node", "2", *script], env=environment, stdout=file, stderr=file
-        )
-    try:
-        code = process.wait(timeout)
-    except subprocess.TimeoutExpired:
-        process.terminate()  # which the launcher passes on to its ranks
-        code = process.wait(60)
-    assert code == 0, log.read_text()[-5000:]
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""The AWQ "gemm" bit layout: integer codes and scales in, the three stored tensors out, and back.
+"""The AWQ "gemm" format: integer codes and scales in, the three stored tensors out, and back; the directory.
 
 Both directions are exact. A bfloat16 scale in [2^-14, 2^15] has the same value in fp16, so nothing is
 rounded (DESIGN section 4, "Why snap"); a scale that would be is refused.
@@ -9,13 +9,31 @@ Shape suffixes: O output features, I input features, G groups (= I / g), W words
 """
 
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from grace.export.directory import (
+    Part,
+    Stored,
+    dense_entries,
+    deployed_config,
+    module_shapes,
+    packed_entries,
+    write_directory,
+    write_json,
+)
+from grace.export.name_rules import require_awq_names
+from grace.export.shards import Weights
+from grace.export.source import AWQ_MODULES, Source
 from grace.kernels.awq_layout import PER_WORD, pack_transposed, unpack_transposed
 
+LABEL = "AWQ"
 BITS = 4
+# Both names: transformers matches anchored paths, vLLM and SGLang substrings (DESIGN section 6).
+NOT_CONVERTED = ["visual", "model.visual", "lm_head"]
 ZERO_POINT = 8
 # Eight zero points of 8 in one word, as a signed 32-bit integer.
 ZERO_WORD = 0x88888888 - (1 << 32)
@@ -147,3 +165,61 @@ def _check_packed(qweight_IW: Tensor, qzeros_GW: Tensor, scales_GO: Tensor, grou
             f"scales must be fp16 {(groups, words * PER_WORD)}, "
             f"not {scales_GO.dtype} {tuple(scales_GO.shape)}"
         )
+
+
+# ---------------------------------------------------------------- the directory
+
+
+def write(source: Source, directory: Path, max_shard_bytes: int | None = None) -> None:
+    """Writes the deployment directory of DESIGN section 6, all but its README, one tensor at a time.
+
+    Raises:
+        UserError: a linear that the layout cannot hold, or names that an engine would take for quantized.
+    """
+    config = awq_config(source.config, source.qat.group_size)
+    require_awq_names(source, config["quantization_config"]["modules_to_not_convert"])
+    entries = dense_entries(source)
+    for name, shape in module_shapes(source).items():
+        entries += packed_entries(source, name, _parts(shape, source.qat.group_size), LABEL)
+    write_directory(source, directory, entries, config, "awq", max_shard_bytes)
+    modules = {"bits": BITS, "group_size": source.qat.group_size, "modules": sorted(source.qat.modules)}
+    write_json(directory / AWQ_MODULES, modules)
+
+
+def read(source: Source, directory: Path) -> Stored:
+    """The written directory in the terms of the base model."""
+    weights = Weights(directory)
+
+    def codes(name: str) -> tuple[Tensor, Tensor]:
+        parts = {part: weights.read(f"{name}.{part}") for part in ("qweight", "qzeros", "scales")}
+        return unpack(parts, group_size=source.qat.group_size)
+
+    return Stored(codes, weights.read)
+
+
+def _parts(shape: tuple[int, int], group_size: int) -> list[Part]:
+    out_features, in_features = shape
+    groups, words = in_features // group_size, out_features // PER_WORD
+
+    def checked(weight: Any) -> Any:
+        check_shapes(weight.codes_OI, weight.scales_OG, group_size)
+        return weight
+
+    return [
+        Part("qweight", torch.int32, (in_features, words), lambda w: pack_codes(checked(w).codes_OI)),
+        Part("qzeros", torch.int32, (groups, words), lambda w: zero_words(checked(w).scales_OG)),
+        Part("scales", torch.float16, (groups, out_features), lambda w: pack_scales(checked(w).scales_OG)),
+    ]
+
+
+def awq_config(config: Mapping[str, Any], group_size: int) -> dict[str, Any]:
+    """The model's config with bfloat16 as its type and the standard AWQ block."""
+    block = {
+        "quant_method": "awq",
+        "bits": BITS,
+        "group_size": group_size,
+        "version": "gemm",
+        "zero_point": True,
+        "modules_to_not_convert": NOT_CONVERTED,
+    }
+    return {**deployed_config(config), "quantization_config": block}

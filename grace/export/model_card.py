@@ -10,51 +10,12 @@ from typing import Any
 
 import yaml
 
+from grace.export.card_texts import FORMAT_TEXT, LIBRARY, LIMITS, LOAD
 from grace.export.source import Source
 
 _LICENSE = "apache-2.0"  # that of Qwen3-VL and of GRACE
 # A base model that the Hub knows; any other text is a local path, which it would refuse as `base_model`.
 _HUB_NAME = re.compile(r"Qwen/[\w.-]+")
-
-_FORMAT_TEXT = {
-    "awq": "AWQ (`gemm` layout): integer codes and scales exactly as trained, everything else bfloat16.",
-    "qat": "QAT checkpoint: a plain directory with the dequantized weights, and `grace_qat/` with the "
-    "trained integer codes, scales and fp32 latents, for further training or export.",
-}
-
-_LOAD = {
-    "awq": """With GRACE, on a CPU, no other package needed:
-
-```python
-import grace.runtime  # registers the packed layers
-from transformers import AutoModelForImageTextToText
-
-model = AutoModelForImageTextToText.from_pretrained("DIR")
-```
-
-```
-grace generate DIR --image picture.png --prompt "What is in the picture?"
-```
-
-With transformers and gptqmodel (`pip install gptqmodel`), without GRACE: the same `from_pretrained`.
-
-With vLLM:
-
-```
-vllm serve DIR
-```
-""",
-    "qat": """As an ordinary model, without GRACE:
-
-```python
-from transformers import AutoModelForImageTextToText
-
-model = AutoModelForImageTextToText.from_pretrained("DIR")
-```
-
-`grace export DIR --out OTHER --format awq` packs it for deployment; `student.path=DIR` trains it further.
-""",
-}
 
 
 def model_card(source: Source, format_name: str, parity: Mapping[str, Any]) -> str:
@@ -68,7 +29,7 @@ def model_card(source: Source, format_name: str, parity: Mapping[str, Any]) -> s
     base = str(qat.info.get("base_model") or "")
     front: dict[str, Any] = {
         "license": _LICENSE,
-        "library_name": "transformers",
+        "library_name": LIBRARY[format_name],
         "pipeline_tag": "image-text-to-text",
         "tags": [
             "grace",
@@ -87,16 +48,17 @@ def model_card(source: Source, format_name: str, parity: Mapping[str, Any]) -> s
         "A vision-language model distilled at its deployed precision: every linear of the decoder "
         f"({len(qat.modules)} modules) was trained as {qat.bits}-bit codes in groups of {qat.group_size}. "
         "The vision tower, "
-        f"embeddings and norms are not quantized.\n\n{_FORMAT_TEXT[format_name]}",
-        "## How to load\n\n" + _LOAD[format_name],
+        f"embeddings and norms are not quantized.\n\n{FORMAT_TEXT[format_name]}",
+        "## How to load\n\n" + LOAD[format_name].replace("TYPE", f"Q{qat.bits}_0"),
         _training(source, base),
         _metrics(qat.info.get("metrics")),
         _parity(parity),
         "## Limitations\n\nIt inherits the limits and biases of its base model and teacher, may describe "
         "what is not in a picture, and was measured only as listed above. The parity figures compare it with "
         "the model that was trained, "
-        "not with the full-precision one. AWQ holds 4 bits only.",
-        "## Citation\n\nThe method: GRACE, arXiv:2601.22709. The weight format: AWQ, arXiv:2306.00978.",
+        f"not with the full-precision one. {LIMITS[format_name]}",
+        "## Citation\n\nThe method: GRACE, arXiv:2601.22709."
+        + (" The weight format: AWQ, arXiv:2306.00978." if format_name == "awq" else ""),
     ]
     return "\n\n".join(section.rstrip() for section in sections) + "\n"
 
@@ -141,20 +103,23 @@ def _parity(figures: Mapping[str, Any]) -> str:
     """The gate's figures as a table."""
     rows = [("codes and scales equal to the trained ones", "bit for bit")]
     if "exact" in figures:
-        exact, deployed, greedy = figures["exact"], figures["deployed"], figures["greedy"]
-        gaps = [item["gap"] for item in deployed["top1_differences"] + greedy["parted"]]
+        exact, fp32 = figures["exact"], figures["exact_greedy"]
         rows += [
+            ("dense tensors equal to the trained ones, as bfloat16", "bit for bit"),
             ("positions compared", f"{figures['positions']} in {figures['records']} records"),
             ("fp32 logits, largest difference / largest logit", f"{exact['relative']:.1e}"),
+            ("fp32 greedy answers identical", f"{fp32['identical']} of {fp32['records']}"),
+        ]
+    if "deployed" in figures:
+        deployed, greedy = figures["deployed"], figures["greedy"]
+        gaps = [item["gap"] for item in deployed["top1_differences"] + greedy["parted"]]
+        rows += [
             ("bfloat16 logits, largest difference", f"{deployed['max_abs']:.3g}"),
             ("bfloat16 logits, mean difference", f"{deployed['mean_abs']:.3g}"),
             ("tolerance (4x the effect of bfloat16 itself)", f"{deployed['tolerance']:.3g}"),
             ("KL divergence, mean / max, nats", f"{deployed['kl_mean']:.1e} / {deployed['kl_max']:.1e}"),
             ("same best token", f"{deployed['top1_agreement']:.2%}"),
-            (
-                "greedy answers identical, fp32 / bfloat16",
-                f"{figures['exact_greedy']['identical']} / {greedy['identical']} of {greedy['records']}",
-            ),
+            ("bfloat16 greedy answers identical", f"{greedy['identical']} of {greedy['records']}"),
             ("largest logit gap where tokens differ", f"{max(gaps):.3g}" if gaps else "they do not"),
         ]
     table = [f"| {name} | {value} |" for name, value in rows]

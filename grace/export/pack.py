@@ -1,4 +1,4 @@
-"""`grace export RUN --out DIR [--format awq|qat]`: publishes a trained model, codes and scales untouched.
+"""`grace export RUN --out DIR [--format NAME]...`: publishes a trained model, codes and scales untouched.
 
 The integer codes and scales of the QAT checkpoint are the ones written; nothing is quantized here. A
 parity gate runs on the written files before they get their final name: if the packed model is not the
@@ -6,35 +6,26 @@ trained one, nothing is published.
 """
 
 import argparse
-import contextlib
 import json
-import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from types import ModuleType
+from typing import Any
 
-import torch
-from torch import Tensor
-
-from grace.checkpoint import QAT_FOLDER, QatState, QuantizedWeight, copy_verbatim_files
 from grace.data.audit_list import list_path, read_list
 from grace.data.faults import Policies
 from grace.data.records import Record, load_records
 from grace.errors import UserError
-from grace.export import awq, parity
+from grace.export import awq, compressed_tensors, mlx, parity, qat
 from grace.export.model_card import model_card
-from grace.export.source import AWQ_MODULES, WEIGHTS, Source, StoredModules, open_source
-from grace.export.stream import Entry, TensorFile, write_safetensors
+from grace.export.reference import Reference
+from grace.export.source import Source, open_source
 from grace.files import new_directory, require_free
-from grace.kernels.awq_layout import PER_WORD
-from grace.quant.grid import dequantize
 
-FORMATS = ("awq", "qat")
+FORMATS = ("awq", "compressed-tensors", "gguf", "mlx", "qat")
+BITS = {"awq": (4,), "compressed-tensors": (4, 8), "gguf": (4, 8), "mlx": (4, 8)}
 PARITY_RECORDS = 16
-# Both names: transformers matches anchored paths, vLLM and SGLang substrings (DESIGN section 6).
-NOT_CONVERTED = ["visual", "model.visual", "lm_head"]
 
 
 def run_export(args: argparse.Namespace) -> int:
@@ -44,7 +35,13 @@ def run_export(args: argparse.Namespace) -> int:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     records = load_records(Path(args.parity_data)) if args.parity_data else None
-    report = export_run(Path(args.run), Path(args.out), tuple(args.format or ("awq",)), records)
+    report = export_run(
+        Path(args.run),
+        Path(args.out),
+        tuple(args.format or ("awq",)),
+        records,
+        max_shard_bytes=args.max_shard_size,
+    )
     for written in report["formats"].values():
         print(f"wrote {written['path']}", file=sys.stderr)
     if args.json:
@@ -58,6 +55,7 @@ def export_run(
     formats: Sequence[str] = ("awq",),
     validation_records: Sequence[Record] | None = None,
     image_root: str | Path | None = None,
+    max_shard_bytes: int | None = None,
 ) -> dict[str, Any]:
     """Exports a finished quantized run.
 
@@ -68,6 +66,7 @@ def export_run(
         validation_records: what the parity gate compares on; None takes the recipe's validation data
             (its training data if it has none).
         image_root: where the images of the recipe's data are; None takes the recipe's own.
+        max_shard_bytes: cuts the weights into files of at most this size; None writes one.
 
     Returns:
         `{"source", "formats": {name: {"path", "modules", "bits", "group_size", "parity"}}}`, JSON-able.
@@ -77,23 +76,24 @@ def export_run(
         RuntimeError: the parity gate failed; nothing was published.
     """
     source, out, formats = Path(source), Path(out), tuple(dict.fromkeys(formats))
-    _check_formats(formats)
+    writers = {name: writer(name) for name in formats}
+    if not formats:
+        raise UserError(f"no format: choose from {', '.join(FORMATS)}")
     require_free(out)
     opened = open_source(source)
-    if "awq" in formats:
-        _require_awq_bits(opened.qat)
-    records = parity_records(opened, validation_records, image_root) if "awq" in formats else []
+    packed = [name for name in formats if name != "qat"]
+    for name in packed:
+        require_bits(name, opened.qat.bits)
+    reference = None
+    if packed:
+        reference = Reference(opened, parity_records(opened, validation_records, image_root))
     report: dict[str, Any] = {"source": str(source), "formats": {}}
     with new_directory(out) as scratch:
-        for name in formats:
+        for name, module in writers.items():
             directory, final = (scratch, out) if len(formats) == 1 else (scratch / name, out / name)
             directory.mkdir(exist_ok=True)
-            if name == "awq":
-                write_awq(opened, directory)
-                figures = parity.check(opened, directory, records)
-            else:
-                copy_qat(opened, directory)
-                figures = check_weights(opened, directory)
+            module.write(opened, directory, max_shard_bytes)
+            figures = gate(opened, module, directory, reference)
             print(parity.describe(name, figures), file=sys.stderr)
             (directory / "README.md").write_text(model_card(opened, name, figures), encoding="utf-8")
             report["formats"][name] = {
@@ -103,15 +103,47 @@ def export_run(
     return report
 
 
-def _check_formats(formats: Sequence[str]) -> None:
-    unknown = [name for name in formats if name not in FORMATS]
-    if unknown or not formats:
-        raise UserError(f"unknown format {', '.join(unknown) or '(none)'}: choose from {', '.join(FORMATS)}")
+def writer(name: str) -> ModuleType:
+    """The module of a format: `write(source, directory, max_shard_bytes)` and `read(source, directory)`.
+
+    Raises:
+        UserError: no such format.
+        ModuleNotFoundError: it needs a package that is not installed.
+    """
+    if name == "gguf":
+        from grace.export import gguf  # needs the gguf package, which nothing else here does
+
+        return gguf
+    modules = {"awq": awq, "compressed-tensors": compressed_tensors, "mlx": mlx, "qat": qat}
+    if name not in modules:
+        raise UserError(f"unknown format {name}: choose from {', '.join(FORMATS)}")
+    return modules[name]
 
 
-def _require_awq_bits(qat: QatState) -> None:
-    if qat.bits != awq.BITS:
-        raise UserError(f"AWQ holds 4 bits only and this run has {qat.bits}: export it with --format qat")
+def require_bits(name: str, bits: int) -> None:
+    """Raises `UserError` where a format cannot hold codes of `bits` bits, naming those that can."""
+    if bits in BITS[name]:
+        return
+    held = " or ".join(map(str, BITS[name]))
+    others = [other for other, holds in BITS.items() if bits in holds]
+    raise UserError(
+        f"{'AWQ' if name == 'awq' else name} holds {held} bits only and this run has {bits}: "
+        f"export it with --format {' or '.join([*others, 'qat'])}"
+    )
+
+
+def gate(source: Source, module: ModuleType, directory: Path, reference: Reference | None) -> dict[str, Any]:
+    """The parity gate that fits a format; see `grace.export.parity`.
+
+    Raises:
+        RuntimeError: what was written is not the trained model.
+    """
+    if reference is None or module is qat:
+        return qat.check(source, directory)
+    stored = module.read(source, directory)
+    if module is awq:
+        return parity.check_loaded(reference, stored, directory)
+    return parity.check_filled(reference, stored)
 
 
 def parity_records(
@@ -142,121 +174,3 @@ def parity_records(
     if missing:
         raise UserError(f"the parity samples' image {missing[0]} is missing: pass --parity-data FILE.json")
     return chosen
-
-
-# ---------------------------------------------------------------- AWQ
-
-
-def write_awq(source: Source, directory: Path) -> None:
-    """Writes the deployment directory of DESIGN section 6, all but its README, one tensor at a time."""
-    modules = cast(StoredModules, source.qat.modules)
-    entries = _dense_entries(source)
-    for name in modules:
-        entries += _packed_entries(name, modules, source.qat.group_size)
-    with _one_thread():
-        write_safetensors(directory / WEIGHTS, entries, {"format": "pt"})
-    _write_json(directory / "config.json", awq_config(source.config, source.qat.group_size))
-    modules = {"bits": awq.BITS, "group_size": source.qat.group_size, "modules": sorted(source.qat.modules)}
-    _write_json(directory / AWQ_MODULES, modules)
-    copy_verbatim_files(source.directory, directory)
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """Packing waits for memory and disk: a second thread gains little, and on a busy machine costs much."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _dense_entries(source: Source) -> list[Entry]:
-    """Everything that is not quantized: floating tensors as bfloat16, others as they are."""
-    tied, file = bool(source.config.get("tie_word_embeddings", False)), source.weights
-    replaced = {f"{name}.weight" for name in source.qat.modules} | ({"lm_head.weight"} if tied else set())
-
-    def pieces(name: str, dtype: torch.dtype) -> Iterator[Tensor]:
-        return (piece.to(dtype) for piece in file.pieces(name))
-
-    entries = []
-    for name, shape in file.shapes.items():
-        if name not in replaced:
-            dtype = torch.bfloat16 if file.dtypes[name].is_floating_point else file.dtypes[name]
-            entries.append(Entry(name, dtype, shape, partial(pieces, name, dtype)))
-    return entries
-
-
-def _packed_entries(name: str, modules: StoredModules, group_size: int) -> list[Entry]:
-    """The three AWQ tensors of one linear, each made when it is written."""
-    out_features, in_features = modules.shapes[name]
-    groups, words = in_features // group_size, out_features // PER_WORD
-
-    def made(make: Callable[[QuantizedWeight], Tensor]) -> Tensor:
-        weight = modules[name]
-        try:
-            awq.check_shapes(weight.codes_OI, weight.scales_OG, group_size)
-            return make(weight)
-        except ValueError as error:
-            raise UserError(
-                f"{name} cannot be written as AWQ ({error}): export it with --format qat"
-            ) from error
-
-    parts: list[tuple[str, torch.dtype, tuple[int, ...], Callable[[QuantizedWeight], Tensor]]] = [
-        ("qweight", torch.int32, (in_features, words), lambda weight: awq.pack_codes(weight.codes_OI)),
-        ("qzeros", torch.int32, (groups, words), lambda weight: awq.zero_words(weight.scales_OG)),
-        ("scales", torch.float16, (groups, out_features), lambda weight: awq.pack_scales(weight.scales_OG)),
-    ]
-    return [Entry(f"{name}.{part}", dtype, shape, partial(made, make)) for part, dtype, shape, make in parts]
-
-
-def awq_config(config: Mapping[str, Any], group_size: int) -> dict[str, Any]:
-    """The model's config with bfloat16 as its type and the standard AWQ block."""
-
-    def in_bfloat16(value: Any) -> Any:
-        if not isinstance(value, Mapping):
-            return value
-        return {
-            key: "bfloat16" if key in ("dtype", "torch_dtype") else in_bfloat16(item)
-            for key, item in value.items()
-        }
-
-    block = {
-        "quant_method": "awq",
-        "bits": awq.BITS,
-        "group_size": group_size,
-        "version": "gemm",
-        "zero_point": True,
-        "modules_to_not_convert": NOT_CONVERTED,
-    }
-    return {**in_bfloat16(config), "dtype": "bfloat16", "quantization_config": block}
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-# ---------------------------------------------------------------- QAT
-
-
-def copy_qat(source: Source, directory: Path) -> None:
-    """The QAT checkpoint again, file by file, byte for byte."""
-    for name in ("config.json", WEIGHTS):
-        shutil.copyfile(source.directory / name, directory / name)
-    copy_verbatim_files(source.directory, directory)
-    shutil.copytree(source.directory / QAT_FOLDER, directory / QAT_FOLDER, copy_function=shutil.copyfile)
-
-
-def check_weights(source: Source, directory: Path) -> dict[str, Any]:
-    """Checks that the written W_hat of every quantized layer is exactly scale * code.
-
-    Raises:
-        RuntimeError: one is not.
-    """
-    written = TensorFile(directory / WEIGHTS)
-    for name, weight in source.qat.modules.items():
-        expected_OI = dequantize(weight.codes_OI, weight.scales_OG, source.qat.group_size)
-        if not torch.equal(written.read(f"{name}.weight").float(), expected_OI):
-            raise RuntimeError(f"parity: the weights of {name} are not scale * code; nothing was published")
-    return {"codes_identical": True, "weights_identical": True, "modules": len(source.qat.modules)}

@@ -18,10 +18,10 @@ from grace.checkpoint import (
     read_weight,
 )
 from grace.errors import UserError
+from grace.export.shards import Weights
 from grace.export.stream import TensorFile
 from grace.runtime.generate import require_tokenizer
 
-WEIGHTS = "model.safetensors"
 AWQ_MODULES = "awq_quantized_modules.json"
 
 
@@ -32,7 +32,7 @@ class Source:
     directory: Path
     qat: QatState
     config: Mapping[str, Any]
-    weights: TensorFile
+    weights: Weights
 
     @property
     def recipe(self) -> Mapping[str, Any]:
@@ -84,13 +84,24 @@ def find_model(source: Path) -> Path:
         raise UserError(
             f"the run in {source} has not finished (no model/): start its training command again first"
         )
-    if (directory / AWQ_MODULES).is_file():
+    if is_export(directory):
         raise UserError(f"{directory} is an export already: give the run it came from, or its QAT export")
     if (directory / "config.json").is_file():
         raise UserError(
             f"{directory} is a full-precision model without integer codes: export a run with quant.bits"
         )
     raise UserError(f"{source} is neither a run nor a QAT checkpoint: give a finished run or its model/")
+
+
+def is_export(directory: Path) -> bool:
+    """Whether a directory holds packed weights, of whatever format."""
+    if (directory / AWQ_MODULES).is_file() or any(directory.glob("*.gguf")):
+        return True
+    try:
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and bool({"quantization", "quantization_config"} & set(config))
 
 
 def open_source(source: Path) -> Source:
@@ -107,14 +118,14 @@ def open_source(source: Path) -> Source:
         config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
         if not isinstance(config, dict):
             raise ValueError("config.json is not an object")
-        weights = TensorFile(directory / WEIGHTS)
+        weights = Weights(directory)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise UserError(f"{directory} is damaged ({_reason(error)}): restore it or train again") from error
     if not modules:
         raise UserError(f"{directory} lists no quantized modules: train with quant.bits set")
     for name, shape in modules.shapes.items():
         if weights.shapes.get(f"{name}.weight") != shape:
-            raise UserError(f"{directory} is inconsistent: {WEIGHTS} and grace_qat disagree on {name}")
+            raise UserError(f"{directory} is inconsistent: its weights and grace_qat disagree on {name}")
     require_tokenizer(directory)
     return Source(directory, QatState(info["bits"], info["group_size"], modules, info), config, weights)
 

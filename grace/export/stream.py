@@ -23,6 +23,7 @@ _TYPES = {
     torch.int64: "I64",
     torch.int32: "I32",
     torch.int16: "I16",
+    torch.uint32: "U32",
     torch.int8: "I8",
     torch.uint8: "U8",
     torch.bool: "BOOL",
@@ -42,6 +43,28 @@ class Entry:
     dtype: torch.dtype
     shape: tuple[int, ...]
     make: Callable[[], Tensor | Iterable[Tensor]]
+
+    @property
+    def nbytes(self) -> int:
+        return self.dtype.itemsize * torch.Size(self.shape).numel()
+
+    def pieces(self) -> Iterator[Tensor]:
+        """What `make` gives, contiguous in main memory, checked against what was announced.
+
+        Raises:
+            ValueError: another type, another shape, or not as many elements.
+        """
+        made = self.make()
+        if isinstance(made, Tensor) and tuple(made.shape) != self.shape:
+            raise ValueError(f"{self.name} is {tuple(made.shape)}, not as announced")
+        elements = 0
+        for piece in [made] if isinstance(made, Tensor) else made:
+            if piece.dtype != self.dtype or piece.shape[1:] != self.shape[1:]:
+                raise ValueError(f"{self.name} is {piece.dtype} {tuple(piece.shape)}, not as announced")
+            elements += piece.numel()
+            yield piece.contiguous().cpu()
+        if elements != torch.Size(self.shape).numel():
+            raise ValueError(f"{self.name} has {elements} elements, not as announced")
 
 
 class TensorFile:
@@ -89,7 +112,7 @@ class TensorFile:
         tensor = torch.empty(shape, dtype=dtype)
         with self.path.open("rb", buffering=0) as file:
             file.seek(start)
-            room = memoryview(_raw(tensor))
+            room = memoryview(raw_bytes(tensor))
             while room:
                 count = file.readinto(room)
                 if not count:
@@ -98,8 +121,16 @@ class TensorFile:
         return tensor
 
 
-def write_safetensors(path: Path, entries: Sequence[Entry], metadata: dict[str, str]) -> None:
+def write_safetensors(
+    path: Path,
+    entries: Sequence[Entry],
+    metadata: dict[str, str],
+    advance: Callable[[int], None] = lambda count: None,
+) -> None:
     """Writes `entries`; `make` of each is called once, and what it gives is released at once.
+
+    Args:
+        advance: told the bytes of every piece as it is written.
 
     Raises:
         ValueError: duplicate names, or a tensor that is not what its entry announced.
@@ -110,7 +141,7 @@ def write_safetensors(path: Path, entries: Sequence[Entry], metadata: dict[str, 
     header: dict[str, object] = {"__metadata__": metadata}
     offset = 0
     for entry in ordered:
-        end = offset + entry.dtype.itemsize * torch.Size(entry.shape).numel()
+        end = offset + entry.nbytes
         header[entry.name] = {
             "dtype": _TYPES[entry.dtype],
             "shape": list(entry.shape),
@@ -123,19 +154,11 @@ def write_safetensors(path: Path, entries: Sequence[Entry], metadata: dict[str, 
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
         for entry in ordered:
-            made = entry.make()
-            if isinstance(made, Tensor) and tuple(made.shape) != entry.shape:
-                raise ValueError(f"{entry.name} is {tuple(made.shape)}, not as announced")
-            elements = 0
-            for piece in [made] if isinstance(made, Tensor) else made:
-                if piece.dtype != entry.dtype or piece.shape[1:] != entry.shape[1:]:
-                    raise ValueError(f"{entry.name} is {piece.dtype} {tuple(piece.shape)}, not as announced")
-                elements += piece.numel()
-                file.write(_raw(piece.contiguous().cpu()).data)
-            if elements != torch.Size(entry.shape).numel():
-                raise ValueError(f"{entry.name} has {elements} elements, not as announced")
+            for piece in entry.pieces():
+                file.write(raw_bytes(piece).data)
+                advance(piece.nbytes)
 
 
-def _raw(tensor: Tensor) -> Any:
+def raw_bytes(tensor: Tensor) -> Any:
     """The bytes of a contiguous tensor, without a copy."""
     return tensor.reshape(-1).view(torch.uint8).numpy()

@@ -139,12 +139,15 @@ def checkpoint_kind(directory: Path) -> str:
     """
     if not directory.is_dir():
         raise UserError(f"{directory} is not a directory: give an exported model or a run's model/")
+    if any(directory.glob("*.gguf")):
+        raise UserError(f"{directory} holds GGUF files: run them with llama.cpp, or export to AWQ for GRACE")
     if not (directory / "config.json").is_file():
         hint = "give its model/" if (directory / "model").is_dir() else "give an exported model"
         raise UserError(f"{directory} holds no model (no config.json): {hint}")
     try:
         config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
         method = (config.get("quantization_config") or {}).get("quant_method")
+        method = method or ("MLX" if config.get("quantization") else None)
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{directory}/config.json cannot be read ({error}): export again") from error
     if method not in (None, "awq"):
