@@ -27,9 +27,10 @@ from grace.config import load_recipe
 from grace.data.small_world import write_small_world
 from grace.models import qwen3vl
 from grace.models.processor import load_processor
+from grace.parallel import make_accelerator
 from grace.quant.fake_quant import QuantLinear, kernels_for
 from grace.quant.health import QuantHealth
-from grace.run import make_accelerator, set_up
+from grace.run import set_up
 from grace.run_data import load_run_data
 from grace.step_inputs import StepBatches
 
@@ -61,7 +62,7 @@ def small_world(steps: int) -> dict[str, float]:
             ],
         )
         processor = load_processor(recipe.student.path)
-        run = set_up(recipe, make_accelerator(recipe), processor.tokenizer, steps)
+        run = set_up(recipe, make_accelerator(), processor.tokenizer, steps)
         inputs = StepBatches(run, load_run_data(recipe).records, processor)
         batches = [inputs[step] for step in range(steps)]
         step_s = median(

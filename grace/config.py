@@ -133,8 +133,7 @@ class Run:
     max_steps: int | None = number("[1, inf)", default=None)  # default: from optim.epochs
     save_every: int = number("[1, inf)", default=500)
     log_every: int = number("[1, inf)", default=10)
-    # Records per forward pass, at most: a rank whose share of a step is smaller takes it in one piece.
-    micro_batch_size: int = number("[1, inf)", default=1)
+    micro_batch_size: int = number("[1, inf)", default=1)  # records per forward pass, a rank's share at most
     micro_batch_tokens: int | None = number("[1, inf)", default=None)  # if set, tokens are counted instead
     keep_last: int = number("[1, inf)", default=2)
     keep_best: int = number("[0, inf)", default=0)  # besides, the checkpoints of the lowest val/ce

@@ -48,6 +48,21 @@ class StepResult:
     work: Sequence[float] = ()
 
 
+@dataclass(frozen=True)
+class StepTotals:
+    """What is known of a step before its student runs, over all ranks.
+
+    Attributes:
+        micro_batches: the most of a rank.
+        gates, work: as in `StepResult`.
+    """
+
+    counts: StepCounts
+    micro_batches: int
+    gates: list[float]
+    work: list[float]
+
+
 @torch.inference_mode()
 def teacher_outputs(
     teacher: qwen3vl.Qwen3VLForConditionalGeneration, batch: Batch
@@ -103,28 +118,25 @@ def count_step(
     batches: Sequence[Batch | None],
     signals: Sequence[Signals | None],
     work: Sequence[float] = (),
-) -> tuple[StepCounts, list[float], list[float], int]:
-    """Sums tokens, usable images, `gate_sums` and `work` over the step; one unconditional collective.
-
-    Returns:
-        The normalisers, the sums of the gates, that of the work, and the most micro-batches of a rank.
-    """
-    counted = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
+) -> StepTotals:
+    """Sums over the step, and the most micro-batches of a rank; one unconditional collective."""
+    mine = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
     gates = torch.zeros(2 + step_stats.GATE_BINS, dtype=torch.float64, device=accelerator.device)
-    counted[2] = len(batches)
+    mine[0] = len(batches)
     for batch in batches:
         if batch is not None:
-            counted[0] += supervised_tokens(batch)
+            mine[1] += supervised_tokens(batch)
     for signal in signals:
         if signal is not None:
-            counted[1] += signal.image_count
+            mine[2] += signal.image_count
             gates += step_stats.gate_sums(signal.gate_T)
     done = torch.tensor(work, dtype=torch.float64, device=accelerator.device)
-    mine = torch.cat([counted, gates, done]).unsqueeze(0)
-    ranks = torch.atleast_2d(accelerator.gather(mine))  # type: ignore[arg-type]
-    (tokens, images, _, *rest), most = ranks.sum(0).tolist(), int(ranks[:, 2].max())
-    counts = StepCounts(max(tokens, 1.0), max(rest[0], 1e-12), max(images, 1.0))
-    return counts, rest[: 2 + step_stats.GATE_BINS], rest[2 + step_stats.GATE_BINS :], most
+    ranks = torch.atleast_2d(accelerator.gather(torch.cat([mine, gates, done]).unsqueeze(0)))  # type: ignore[arg-type]
+    most = ranks[:, :1].amax(0)
+    micro_batches, _, tokens, images, gate_sum, *rest = torch.cat([most, ranks.sum(0)]).tolist()
+    counts = StepCounts(max(tokens, 1.0), max(gate_sum, 1e-12), max(images, 1.0))
+    end = 1 + step_stats.GATE_BINS
+    return StepTotals(counts, int(micro_batches), [gate_sum, *rest[:end]], rest[end:])
 
 
 def supervised_tokens(batch: Batch) -> Tensor:
@@ -168,7 +180,8 @@ def forward_backward(
         NonFiniteLoss: names the records of the micro-batches concerned.
     """
     accelerator = parallel.accelerator
-    counts, gates, all_work, most = count_step(accelerator, batches, signals, work)
+    totals = count_step(accelerator, batches, signals, work)
+    counts, most = totals.counts, totals.micro_batches
     if not math.isfinite(counts.gate_sum):
         raise NonFiniteLoss(
             f"the teacher's output is not finite; records concerned: {non_finite(batches, signals)}"
@@ -193,7 +206,7 @@ def forward_backward(
     ce, kd, rcka = ce_sum / counts.tokens, kd_sum / kd_norm, rcka_sum / counts.images
     total_loss = ce + weights.beta * kd + weights.omega * rcka
     cka = step_stats.image_stats(images, rcka_sum)
-    result = StepResult(total_loss, ce, kd, rcka, degenerate, counts, gates, cka, all_work)
+    result = StepResult(total_loss, ce, kd, rcka, degenerate, counts, totals.gates, cka, totals.work)
     if not torch.isfinite(torch.tensor([ce, kd, rcka])).all():
         raise NonFiniteLoss(
             f"the loss is not finite (ce {ce}, kd {kd}, rcka {rcka}); records of this batch: {suspects}"

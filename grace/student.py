@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from grace import step_stats
 from grace.data.batch import Batch
 from grace.distill.cached import CachedSignals
 from grace.distill.fused import RowKernel
@@ -18,6 +17,7 @@ from grace.distill.rows import RowLosses, RowSettings, TopKRows, loss_rows
 from grace.distill.teacher import IGNORE_INDEX, TeacherSignals, supervised
 from grace.models import qwen3vl
 from grace.models.shared_work import idle_vision
+from grace.step_stats import image_sums
 
 Signals = TeacherSignals | CachedSignals
 
@@ -143,7 +143,7 @@ class StudentWithLoss(nn.Module):
         sums = torch.stack(
             [t.double() for t in (parts.ce_sum, parts.kd_sum, parts.rcka_sum, parts.degenerate)]
         )
-        return total, sums, step_stats.image_sums(parts)
+        return total, sums, image_sums(parts)
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:

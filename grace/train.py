@@ -116,8 +116,7 @@ def train(recipe: Recipe, allow_changed: Sequence[str] = ()) -> Path:
         try:
             loop(run, tracker, saver, records, validation, processor)
             save_final_model(run, run_dir)
-            if accelerator.is_main_process:
-                publish_model(tracker, recipe, run.validation)
+            publish_model(tracker, recipe, run.validation)
         finally:
             tracker.finish()
         accelerator.wait_for_everyone()
@@ -158,13 +157,13 @@ def loop(
             run.step = step + 1
             tracker.add(run.step, values, measured=measured, **totals)
             finished = run.step == run.total_steps
-            look = finished or (settings.eval_every and run.step % settings.eval_every == 0)
-            if look:
+            measure = finished or (settings.eval_every and run.step % settings.eval_every == 0)
+            if measure:
                 with tracker.aside():
                     look_closer(run, tracker, validation, processor)
             stopping = stop.on_any_rank(run.accelerator) and not finished
             if finished or stopping or run.step % settings.save_every == 0:
-                score = run.validation["val/ce"] if run.validation and look else None
+                score = run.validation["val/ce"] if run.validation and measure else None
                 save_resume_state(run, tracker, saver, score)
             if stopping:
                 saver.wait()

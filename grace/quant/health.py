@@ -95,15 +95,22 @@ class QuantHealth:
         return Health(_layer_health(together) if layers else None, layers)
 
     def state(self) -> dict[str, Tensor]:
-        """The codes of the last measurement by layer, int8: an interrupted run counts flips from the same ones."""
-        return dict(self.codes)
+        """The codes of the last measurement by layer, int8: an interrupted run counts flips from the same ones.
+
+        Of layers that lie here whole: of others every process has its own, and a resumed run begins anew.
+        """
+        return {name: codes for name, codes in self.codes.items() if self._is_whole(name)}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Takes over a `state`; layers that it lacks, or has in another shape, count from their codes of now."""
         for name, codes_OGS in self.codes.items():
             known = state.get(name)
-            if known is not None and known.shape == codes_OGS.shape:
+            if known is not None and known.shape == codes_OGS.shape and self._is_whole(name):
                 self.codes[name] = known.to(codes_OGS.device)
+
+    def _is_whole(self, name: str) -> bool:
+        weight = self.layers[name].weight
+        return weight.numel() > 0 and not hasattr(weight, "to_local")
 
 
 def _layer_health(sums: list[float]) -> LayerHealth:

@@ -99,7 +99,10 @@ def test_whole_step_is_the_equation(kind: str) -> None:
     again = parts.ce_sum / 8 + BETA * parts.kd_sum / kd_norm + OMEGA * parts.rcka_sum / 2
     assert again.item() == pytest.approx(total.item(), rel=1e-6)
     assert not any(part.requires_grad for part in vars(parts).values())
-    assert all(part.shape == () for part in vars(parts).values())
+    by_image = {"relation_N": parts.relation_N, "compared_N": parts.compared_N}
+    assert all(part.shape == () for name, part in vars(parts).items() if name not in by_image)
+    assert all(part.shape == (3,) for part in by_image.values())
+    assert parts.relation_N.sum() == parts.rcka_sum and (~parts.compared_N).sum() == parts.degenerate
 
 
 CUTS = {
@@ -122,7 +125,9 @@ def test_micro_batches_add_up_to_the_step(kind: str, cut: str) -> None:
     for got, want in zip(gradients(total, step.leaves()), gradients(whole, step.leaves()), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)
     for name, value in vars(parts).items():
-        assert sum(getattr(p, name).item() for _, p in pieces) == pytest.approx(value.item(), rel=1e-5)
+        assert sum(getattr(p, name).sum().item() for _, p in pieces) == pytest.approx(
+            value.sum().item(), rel=1e-5
+        )
 
 
 @pytest.mark.parametrize("kind", ["none", "kl", "gdkd"])
@@ -134,7 +139,7 @@ def test_empty_micro_batch_gives_zero_with_a_graph(kind: str) -> None:
     )  # fmt: skip
     total.backward()
     assert total.item() == 0 and student_TV.grad is not None
-    assert all(part.item() == 0 for part in vars(parts).values())
+    assert all(part.sum().item() == 0 for part in vars(parts).values())
 
 
 def test_gates_default_to_the_teachers_confidence() -> None:
