@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 from grace.errors import UserError
 
@@ -80,8 +81,22 @@ def locked(directory: Path, field: str) -> Iterator[None]:
         raise UserError(f"{directory} is in use by another run: wait for it, or set {field}") from error
     except OSError as error:
         raise UserError(f"cannot write to {directory} ({error.strerror}): set {field}") from error
-    with lock:
-        yield
+    _held.add(lock)
+    try:
+        with lock:
+            yield
+    finally:
+        _held.discard(lock)
+
+
+def _let_go() -> None:
+    """In a forked child: its copy would keep a lock that died with its parent, for as long as the child lives on."""
+    while _held:
+        _held.pop().close()
+
+
+_held: set[TextIO] = set()
+os.register_at_fork(after_in_child=_let_go)
 
 
 def require_free(path: Path, flag: str = "--out") -> None:

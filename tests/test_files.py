@@ -2,12 +2,15 @@
 
 import hashlib
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from grace.errors import UserError
-from grace.files import new_directory, require_free, sha256_of, write_text
+from grace.files import locked, new_directory, require_free, sha256_of, write_text
 
 
 def test_text_replaces_what_was_there(tmp_path: Path) -> None:
@@ -90,3 +93,33 @@ def test_parent_that_cannot_be_written_is_the_users_error(tmp_path: Path) -> Non
 def test_sha256(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "data").write_bytes(content)
     assert sha256_of(tmp_path / "data") == hashlib.sha256(content).hexdigest()
+
+
+def test_a_forked_child_does_not_keep_the_lock_of_a_parent_that_was_killed(tmp_path: Path) -> None:
+    script = """
+import os, sys, time
+from pathlib import Path
+from grace.files import locked
+with locked(Path(sys.argv[1]), "it"):
+    if os.fork() == 0:
+        print("ready", flush=True)
+        time.sleep(60)
+        os._exit(0)
+    time.sleep(60)
+"""
+    parent = subprocess.Popen(
+        [sys.executable, "-c", script, str(tmp_path)],
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        assert parent.stdout is not None and parent.stdout.readline() == "ready\n"
+        with pytest.raises(UserError, match="in use"), locked(tmp_path, "it"):
+            pass
+        parent.kill()
+        parent.wait()
+        with locked(tmp_path, "it"):
+            pass
+    finally:
+        os.killpg(parent.pid, signal.SIGKILL)
