@@ -28,10 +28,9 @@ import numpy as np
 from measure import high_water, machine, report
 from PIL import Image
 
+from grace.data.annotations import open_annotations
 from grace.data.audit import audit_file
 from grace.data.image_check import check_image
-from grace.data.record_parse import parse_entries
-from grace.data.records import read_entries
 from grace.models.processor import load_processor
 from grace.models.tiny import write_tiny_model
 
@@ -114,11 +113,12 @@ def measure(folder: Path, records: int, pictures: int) -> list[dict[str, Any]]:
 
 def without_tokens(path: Path) -> int:
     """Parses every record and checks its picture."""
-    entries = read_entries(path)
-    for parsed in parse_entries(entries, path.parent):
+    annotations = open_annotations(path)
+    for i in range(len(annotations)):
+        parsed = annotations.parsed(i, path.parent)
         assert not parsed.faults
         assert not check_image(path.parent / parsed.image_names[0]).faults
-    return len(entries)
+    return len(annotations)
 
 
 def checked(path: Path, processor: Any, workers: int, deep: bool) -> int:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,13 @@ from safetensors import SafetensorError, safe_open
 
 from grace.config import Recipe
 from grace.data.record_key import content_key, text_key
-from grace.data.records import Record
+from grace.data.records import Record, text_keys
 from grace.data.template import CHAT_TEMPLATE
 from grace.distill.cache_store import RecordKey, TeacherCache
 from grace.distill.cached import CachedRecord
 from grace.errors import UserError
 from grace.models import qwen3vl
+from grace.run_data import taken_in_run
 
 # What of an image processor decides which numbers a picture becomes.
 IMAGE_SETTINGS = (
@@ -115,7 +116,7 @@ def _difference(cached: Mapping[str, Any], wanted: Mapping[str, Any]) -> str | N
     return None
 
 
-def open_cache(recipe: Recipe, processor: Any, records: list[Record]) -> TeacherCache:
+def open_cache(recipe: Recipe, processor: Any, records: Sequence[Record]) -> TeacherCache:
     """The cache that a recipe names, checked for its settings and for holding every record's text.
 
     Pictures are checked when they are read.
@@ -125,13 +126,14 @@ def open_cache(recipe: Recipe, processor: Any, records: list[Record]) -> Teacher
     """
     assert recipe.teacher.cache is not None
     directory = Path(recipe.teacher.cache)
+    records = taken_in_run(recipe, records)
     cache = TeacherCache(directory, recipe.teacher.cache_top_k)
     refuse_other_settings(directory, cache.index.settings, cache_settings(recipe, processor))
-    missing = [record.id for record in records if text_key(record) not in cache.texts]
+    missing = [i for i, key in enumerate(text_keys(records)) if key not in cache.texts]
     if missing:
         raise UserError(
-            f"{directory} is stale: {len(missing)} of {len(records)} records of {recipe.data.path} are not in it as they "
-            f"are now, such as {missing[0]}. Run grace teacher-cache again, it adds what is missing"
+            f"{directory} is stale: {len(missing)} of {len(records)} records of {' and '.join(recipe.data.files)} are not in it as they "
+            f"are now, such as {records[missing[0]].id}. Run grace teacher-cache again, it adds what is missing"
         )
     return cache
 

@@ -4,6 +4,7 @@ The checks themselves are in `grace.data.audit`; this file puts recipe, processo
 """
 
 import argparse
+import functools
 import json
 import sys
 import time
@@ -14,16 +15,17 @@ from typing import Any
 
 import numpy as np
 
-from grace.cli_data import progress
 from grace.config import Recipe, load_recipe
+from grace.data.annotations import open_annotations
 from grace.data.audit import FileAudit, audit_file, by_source
 from grace.data.audit_list import length_print, list_path, require_writable, write_list
 from grace.data.audit_text import format_report, format_stats
 from grace.data.faults import CLASSES, Policies
-from grace.data.sampler import steps_of, visits
+from grace.data.sampler import Mixture, steps_of, taken_of, visits
 from grace.data.stats import statistics
 from grace.errors import UserError
 from grace.models.processor import load_processor
+from grace.progress import progress
 
 
 def run_audit(args: argparse.Namespace) -> int:
@@ -35,7 +37,7 @@ def run_audit(args: argparse.Namespace) -> int:
     recipe = load_recipe(args.recipe, args.overrides)
     data = recipe.data
     policies = Policies(data.skip, data.accept)
-    out = list_path(data.path, args.out or data.audit)
+    out = list_path(data.files, args.out or data.audit)
     require_writable(out, data_files(recipe))
     processor = load_processor(recipe.student.path, data.min_pixels, data.max_pixels)
     start = time.perf_counter()
@@ -45,7 +47,7 @@ def run_audit(args: argparse.Namespace) -> int:
     write_list(out, audits, data.image_root, length_print(processor, data.max_length), report)
     report["seconds"] = float(f"{seconds:.3f}")
     print(json.dumps(report) if args.json else format_report(report))
-    if policies.need_audit() and out.absolute() != list_path(data.path, data.audit).absolute():
+    if policies.need_audit() and out.absolute() != list_path(data.files, data.audit).absolute():
         print(f"for training to find this list: data.audit={out}", file=sys.stderr)
     if errors := report["errors"]:
         parts = ", ".join(f"{kind} {count}" for kind, count in errors.items())
@@ -55,7 +57,8 @@ def run_audit(args: argparse.Namespace) -> int:
             + (", or in data.accept to train on them" if any(CLASSES[kind].usable for kind in errors) else "")
         )
     if not report["run"]["records"]:
-        raise UserError(f"no record of {data.path} is left to train on: {out} lists why")
+        empty = [str(one.path) for one in audits[: len(data.parts)] if not len(one.used(policies))]
+        raise UserError(f"no record of {' and '.join(empty)} is left to train on: {out} lists why")
     return 0
 
 
@@ -71,29 +74,33 @@ def run_stats(args: argparse.Namespace) -> int:
 
 
 def data_files(recipe: Recipe) -> list[str]:
-    """The training file and, if there is another one, the validation file."""
-    paths = (recipe.data.path, recipe.data.validation_path)
+    """The training files and, if there is another one, the validation file."""
+    paths = (*recipe.data.files, recipe.data.validation_path)
     return list(dict.fromkeys(path for path in paths if path))
 
 
 def audits_of(recipe: Recipe, processor: Any, deep: bool, workers: int | None) -> list[FileAudit]:
-    """The audit of the training file and, if there is one, of the validation file."""
+    """The audit of each training file and, if there is another one, of the validation file."""
     data = recipe.data
     audits = []
     for path in data_files(recipe):
+        name = Path(path).name
+        with progress("reading", "MB", 1e6) as advance:
+            annotations = open_annotations(Path(path), functools.partial(advance, name))
+        if annotations.note:
+            print(annotations.note, file=sys.stderr)
         with progress("checking", "records") as advance:
-            name = Path(path).name
-
-            def on(done: int, total: int, name: str = name, advance: Any = advance) -> None:
-                advance(name, done, total)
-
-            audits.append(audit_file(path, data.image_root, processor, data.max_length, deep, workers, on))
+            on = functools.partial(advance, name)
+            audits.append(
+                audit_file(path, data.image_root, processor, data.max_length, deep, workers, on, annotations)
+            )
     return audits
 
 
 def report_of(recipe: Recipe, audits: Sequence[FileAudit], policies: Policies) -> dict[str, Any]:
     """Counts of faults by class and source, and what the run will take, as JSON-able values."""
     table = by_source(audits)
+    validation = audits[len(recipe.data.parts) :]
     totals: Counter[str] = Counter()
     for row in table.values():
         totals.update(row)
@@ -112,28 +119,43 @@ def report_of(recipe: Recipe, audits: Sequence[FileAudit], policies: Policies) -
         "left_out": dict(sorted(left_out.items())),
         "errors": {kind: error_kinds[kind] for kind in CLASSES if error_kinds[kind]},
         "error_records": len({(i, index) for i, index, _ in errors}),
-        "run": run_of(recipe, audits[0], policies),
-        "validation_records": len(audits[1].used(policies)) if len(audits) > 1 else None,
+        "run": run_of(recipe, audits[: len(recipe.data.parts)], policies),
+        "validation_records": sum(len(audit.used(policies)) for audit in validation) if validation else None,
     }
 
 
-def run_of(recipe: Recipe, audit: FileAudit, policies: Policies) -> dict[str, Any]:
-    """Exact counts of one epoch and of the whole run over the records that can be used."""
-    used = audit.used(policies)
-    n, optim = len(used), recipe.optim
-    if n == 0:
+def run_of(recipe: Recipe, audits: Sequence[FileAudit], policies: Policies) -> dict[str, Any]:
+    """Exact counts of the first epoch and of the whole run over the records that can be used.
+
+    Args:
+        audits: of the training files, in the recipe's order.
+    """
+    used = [audit.used(policies) for audit in audits]
+    sizes, optim, seed = [len(one) for one in used], recipe.optim, recipe.run.seed
+    takes = [
+        taken_of(size, part.weight, part.cap) for size, part in zip(sizes, recipe.data.parts, strict=True)
+    ]
+    if 0 in sizes:
         return {"records": 0, "steps": 0}
+    files = [
+        {"path": str(audit.path), "records": size, "taken": take}
+        for audit, size, take in zip(audits, sizes, takes, strict=True)
+    ]
+    mixture = Mixture(tuple(sizes), tuple(takes))
     columns = {
-        name: audit.column(name)[used].astype(np.int64)
+        name: np.concatenate(
+            [audit.column(name)[one] for audit, one in zip(audits, used, strict=True)]
+        ).astype(np.int64)
         for name in ("images", "tokens", "image_tokens", "supervised")
     }
-    steps = recipe.run.max_steps or steps_of(optim.epochs, n, optim.batch_size)
-    times = visits(steps, optim.batch_size, n, recipe.run.seed)
+    steps = recipe.run.max_steps or steps_of(optim.epochs, mixture.epoch, optim.batch_size)
+    first, times = visits(1, mixture.epoch, mixture, seed), visits(steps, optim.batch_size, mixture, seed)
     return {
-        "records": n,
-        **{name: int(column.sum()) for name, column in columns.items()},
+        "records": mixture.epoch,
+        "files": files,
+        **{name: int((column * first).sum()) for name, column in columns.items()},
         "steps": steps,
         "batch_size": optim.batch_size,
-        "epochs": steps * optim.batch_size / n,
+        "epochs": steps * optim.batch_size / mixture.epoch,
         "whole_run": {name: int((column * times).sum()) for name, column in columns.items()},
     }

@@ -1,15 +1,13 @@
 """`grace data ...`: the small world, and what real annotation files need before a run."""
 
 import argparse
-import contextlib
 import json
 import sys
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from grace.cli_args import add, add_json, integer, split_sizes
 from grace.errors import Parser, UserError
+from grace.progress import progress
 
 
 def add_data(commands: "argparse._SubParsersAction[Parser]") -> None:
@@ -119,41 +117,3 @@ def _small_world(args: argparse.Namespace) -> int:
 
     print(f"wrote {write_small_world(args.out, args.seed, args.splits)}", file=sys.stderr)
     return 0
-
-
-@contextlib.contextmanager
-def progress(what: str, unit: str, scale: float = 1.0) -> Iterator[Callable[[str, int, int | None], None]]:
-    """Yields `advance(name, done, total)`: a bar for each name on a terminal, else a line every ten seconds."""
-    if sys.stderr.isatty():
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns = (
-            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[count]}"), TimeRemainingColumn(),
-        )  # fmt: skip
-        with Progress(*columns, console=Console(stderr=True)) as bar:
-            tasks = {}
-
-            def draw(name: str, done: int, total: int | None) -> None:
-                if name not in tasks:
-                    tasks[name] = bar.add_task(f"{what} {name}", total=total, count="")
-                count = _count(done / scale, total and total / scale, unit)
-                bar.update(tasks[name], completed=done, total=total, count=count)
-
-            yield draw
-        return
-    said = time.monotonic()
-
-    def say(name: str, done: int, total: int | None) -> None:
-        nonlocal said
-        if time.monotonic() - said >= 10:
-            said = time.monotonic()
-            count = _count(done / scale, total and total / scale, unit)
-            print(f"{what} {name}: {count}", file=sys.stderr)
-
-    yield say
-
-
-def _count(done: float, total: float | None, unit: str) -> str:
-    of = f" of {total:,.0f}" if total else ""
-    return f"{done:,.0f}{of} {unit}"

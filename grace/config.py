@@ -14,10 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from grace.errors import UserError
-from grace.recipe_check import build, matching, number, parse_yaml, show, suggest
+from grace.recipe_check import build, dump_yaml, matching, number, parse_yaml, read_by, show, suggest
+from grace.recipe_parts import Part, parts_of
 
 
 @dataclass(frozen=True)
@@ -51,8 +50,9 @@ class Teacher:
 class Data:
     """ShareGPT4V records and how they become tokens."""
 
-    path: str
-    image_root: str | None = None  # default: the folder of `path`
+    # A file, or several: {FILE: WEIGHT, FILE: {weight: WEIGHT, cap: RECORDS}, ...} (data/README.md)
+    path: str | tuple[Part, ...] = read_by(parts_of)
+    image_root: str | None = None  # default: the folder of the file
     validation_path: str | None = None
     min_pixels: int | None = number("[1, inf)", default=None)
     max_pixels: int | None = number("[1, inf)", default=None)
@@ -64,9 +64,19 @@ class Data:
     accept: tuple[str, ...] = ()
     audit: str | None = None  # list written by `grace data audit`; default: beside `path`
     # What --dry-run reckons with while `path` is absent:
-    expected_records: int | None = number("[1, inf)", default=None)
+    expected_records: int | None = number("[1, inf)", default=None)  # of an epoch
     expected_tokens_per_record: int | None = number("[1, inf)", default=None)  # images included
     expected_supervised_per_record: int | None = number("[1, inf)", default=None)  # those with a label
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The annotation files and what an epoch takes of each."""
+        return (Part(self.path),) if isinstance(self.path, str) else self.path
+
+    @property
+    def files(self) -> list[str]:
+        """The annotation files, for messages and for what is made of all of them."""
+        return [part.path for part in self.parts]
 
 
 @dataclass(frozen=True)
@@ -277,21 +287,9 @@ def _check_together(recipe: Recipe, source: str) -> None:
 # ---------------------------------------------------------------- writing and comparing
 
 
-class _Dumper(yaml.SafeDumper):
-    """Quotes text with characters that YAML would take for line breaks (such as U+0085) or drop."""
-
-
-_Dumper.add_representer(
-    str,
-    lambda dumper, text: dumper.represent_scalar(
-        "tag:yaml.org,2002:str", text, style=None if text.isprintable() else '"'
-    ),
-)
-
-
 def to_yaml(recipe: Recipe) -> str:
     """The resolved recipe as YAML, every field written out."""
-    return yaml.dump(dataclasses.asdict(recipe), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return dump_yaml(dataclasses.asdict(recipe))
 
 
 def recipe_hash(recipe: Recipe) -> str:

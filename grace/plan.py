@@ -7,14 +7,14 @@ memory are estimates; every line of memory states its formula.
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from grace.config import Recipe
-from grace.data.records import Record
+from grace.data.records import Record, mixture_of
 from grace.data.template import encode
 from grace.errors import UserError
 from grace.models import qwen3vl
@@ -193,15 +193,16 @@ def _optimizer_groups(student: nn.Module, scales: int, recipe: Recipe) -> list[d
 def _data(recipe: Recipe) -> dict[str, Any]:
     """Records and tokens per record: counted where the files are there, else as the recipe expects."""
     data = recipe.data
-    records = load_run_data(recipe, validation=False).records if Path(data.path).exists() else None
+    there = all(Path(file).exists() for file in data.files)
+    records = load_run_data(recipe, validation=False).records if there else None
     measured = _measured_tokens(records, recipe) if records else None
     tokens = measured or (data.expected_tokens_per_record, data.expected_supervised_per_record, None)
     images = tokens[2]
     if images is None and data.max_pixels is not None:
         images = data.max_pixels // PIXELS_PER_TOKEN
     return {
-        "path": data.path,
-        "records": len(records) if records is not None else data.expected_records,
+        "path": " + ".join(data.files),
+        "records": mixture_of(records).epoch if records is not None else data.expected_records,
         "records_from": "counted" if records is not None else "expected",
         "tokens_per_record": tokens[0],
         "supervised_per_record": tokens[1],
@@ -210,7 +211,7 @@ def _data(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _measured_tokens(records: list[Record], recipe: Recipe) -> tuple[int, int, int] | None:
+def _measured_tokens(records: Sequence[Record], recipe: Recipe) -> tuple[int, int, int] | None:
     """Mean tokens (all, supervised, image) of a few records, or None without processor or pictures."""
     if not Path(recipe.student.path).is_dir():
         return None

@@ -57,6 +57,11 @@ def matching(pattern: str, expected: str, default: Any = dataclasses.MISSING) ->
     return dataclasses.field(default=default, metadata={"pattern": pattern, "expected": expected})
 
 
+def read_by(reader: Callable[[Any], Any]) -> Any:
+    """A field whose value `reader` makes; it raises ValueError saying what was expected."""
+    return dataclasses.field(metadata={"reader": reader})
+
+
 class _Loader(yaml.SafeLoader):
     """Safe loader that refuses a key given twice; plain YAML keeps the last in silence."""
 
@@ -85,6 +90,23 @@ def parse_yaml(text: str) -> Any:
         raise ValueError(f"{error.problem}{line}") from error
     except (yaml.YAMLError, ValueError) as error:  # ValueError: impossible dates and the like
         raise ValueError(" ".join(str(error).split())) from error
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes text with characters that YAML would take for line breaks (such as U+0085) or drop."""
+
+
+_Dumper.add_representer(
+    str,
+    lambda dumper, text: dumper.represent_scalar(
+        "tag:yaml.org,2002:str", text, style=None if text.isprintable() else '"'
+    ),
+)
+
+
+def dump_yaml(value: Any) -> str:
+    """A value of plain types as YAML that reads back the same."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def build(kind: type, values: Mapping[Any, Any], where: Callable[[str], str]) -> Any:
@@ -153,6 +175,8 @@ def _build_section(
 
 def _checked(value: Any, hint: Any, limits: Mapping[str, Any]) -> Any:
     """`value` as its field's type. Raises ValueError saying what was expected."""
+    if "reader" in limits:
+        return limits["reader"](value)
     if typing.get_origin(hint) is tuple:
         return _as_names(value)
     is_union = typing.get_origin(hint) in (types.UnionType, typing.Union)

@@ -16,6 +16,7 @@ from grace import tracking_wandb
 from grace.config import Recipe
 from grace.data.audit_list import list_path, summary_path
 from grace.files import write_text
+from grace.recipe_parts import paths_of
 from grace.run_files import ENVIRONMENT_FILE, RECIPE_FILE
 from grace.tracking import Tracker
 
@@ -63,7 +64,7 @@ def announce(tracker: Tracker, recipe: Recipe, accelerator: Accelerator) -> None
         return
     files = [tracker.run_dir / RECIPE_FILE, tracker.run_dir / ENVIRONMENT_FILE]
     tracking_wandb.log_artifact(tracker.run, "recipe", files, known)
-    summary = summary_path(list_path(recipe.data.path, recipe.data.audit))
+    summary = summary_path(list_path(paths_of(recipe.data.path), recipe.data.audit))
     if summary.is_file():
         tracking_wandb.log_artifact(tracker.run, "data-audit", [summary])
 

@@ -18,6 +18,7 @@ from grace.config import recipe_hash, to_yaml
 from grace.errors import UserError
 from grace.files import write_text
 from grace.models import qwen3vl
+from grace.parallel import Replicas
 from grace.quant.grid import dequantize, quantize
 from grace.run import Run
 from grace.run_files import RECIPE_FILE
@@ -68,7 +69,8 @@ def resume(run: Run, tracker: Tracker, run_dir: Path, allow_changed: Sequence[st
         )
     run.parallel.load(saved.tensors["trainable"], saved.tensors["optimizer"])
     run.controller.load_state_dict(saved.state["controller"])
-    run.watch.load_state(saved.tensors.get("watch", {}))
+    if type(run.parallel) is Replicas:  # elsewhere each process watches rows of its own
+        run.watch.load_state(saved.tensors.get("watch", {}))
     run.validation = saved.state["validation"]
     run.step = saved.step
     torch.set_rng_state(saved.tensors["rng"]["torch"])

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 from grace.cache_settings import cached_record
 from grace.data.batch import Batch, collate
 from grace.data.packing import collate_packed, pack
-from grace.data.records import Record, text_length
+from grace.data.records import Record, mixture_of, text_length
 from grace.data.sampler import split_step, step_indices
 from grace.data.template import Sample, encode
 from grace.distill.cache_store import TeacherCache
@@ -51,6 +51,7 @@ class StepBatches(Dataset):
 
     def __init__(self, run: Run, records: Sequence[Record], processor: Any):
         self.recipe, self.records, self.processor = run.recipe, records, processor
+        self.mixture = mixture_of(records)
         self.rank, self.world_size = run.accelerator.process_index, run.accelerator.num_processes
         self.has_teacher, self.cache = run.teacher is not None, run.cache
 
@@ -68,7 +69,7 @@ class StepBatches(Dataset):
             UserError: a record or picture that cannot be used.
         """
         recipe = self.recipe
-        indices = step_indices(step, recipe.optim.batch_size, len(self.records), recipe.run.seed)
+        indices = step_indices(step, recipe.optim.batch_size, self.mixture, recipe.run.seed)
         shares = split_step(indices, self.rank, self.world_size, recipe.run.micro_batch_size)
         # Alike lengths together: less padding, and the sums of the step do not depend on the cut.
         mine = sorted((self.records[i] for share in shares for i in share), key=text_length)

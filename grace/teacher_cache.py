@@ -50,7 +50,7 @@ from grace.models import qwen3vl
 from grace.models.processor import load_processor
 from grace.parallel import make_accelerator
 from grace.run import placed_teacher, require_same_tokenizer
-from grace.run_data import load_run_data
+from grace.run_data import load_run_data, taken_in_run
 from grace.step import NonFiniteLoss, teacher_outputs
 
 RECORDS_PER_SHARD = 512
@@ -91,6 +91,8 @@ def fill_cache(
 ) -> dict[str, Any]:
     """Adds every record of a recipe's data that is not in the cache yet; returns counts.
 
+    Of a mixture, the records that come up in the recipe's steps.
+
     Raises:
         UserError: no teacher, unusable data, or `out` holds something else or a cache made otherwise.
         NonFiniteLoss: the teacher's output is NaN or infinite; names the records.
@@ -100,7 +102,7 @@ def fill_cache(
     start = time.perf_counter()
     processor = load_processor(recipe.student.path, recipe.data.min_pixels, recipe.data.max_pixels)
     require_same_tokenizer(processor.tokenizer, recipe.teacher.path)
-    records = load_run_data(recipe, processor, validation=False).records
+    records = taken_in_run(recipe, load_run_data(recipe, processor, validation=False).records)
     with contextlib.ExitStack() as stack:
         if accelerator.is_main_process:
             stack.enter_context(locked(out, "--out"))

@@ -23,7 +23,7 @@ from grace.cache_settings import open_cache
 from grace.checkpoint_saver import CheckpointSaver
 from grace.config import Recipe, load_recipe
 from grace.data.batch import Batch, collate
-from grace.data.records import Record
+from grace.data.records import Record, mixture_of
 from grace.data.template import encode
 from grace.errors import Parser, Preempted, UserError, run_command
 from grace.evaluation.exact_match import evaluate
@@ -104,7 +104,8 @@ def train(recipe: Recipe, allow_changed: Sequence[str] = ()) -> Path:
         records, validation = data.records, data.validation[: recipe.run.eval_records]
         cached = recipe.distils and recipe.teacher.cache is not None
         cache = open_cache(recipe, processor, records) if cached else None
-        run = set_up(recipe, accelerator, processor.tokenizer, total_steps(recipe, len(records)), cache)
+        steps = total_steps(recipe, mixture_of(records).epoch)
+        run = set_up(recipe, accelerator, processor.tokenizer, steps, cache)
         run.records = data.digest()
         tracker = Tracker(
             run_dir, run.total_steps, recipe.run.log_every, accelerator.is_main_process,

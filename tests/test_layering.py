@@ -10,18 +10,18 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "grace"
 
-FLOOR = {"errors", "files"}
+FLOOR = {"errors", "files", "progress"}
 LEAVES = {"config", "data", "models", "quant", "distill", "kernels", "checkpoint", "tracking"}
 TRAINING = {"train", "run", "step", "parallel", "plan", "teacher_cache"}
 ASSEMBLERS = TRAINING | {"export", "runtime", "evaluation"}
 COMMANDS = {"cli", "demo", "report", "__main__"}
 # Files split off a part of another name.
 BELONGS_TO = {
-    "checkpoint_saver": "checkpoint",
-    "recipe_check": "config", "plan_memory": "plan", "plan_text": "plan", "run_save": "run", "run_data": "run",
-    "preemption": "run", "step_inputs": "train", "cache_settings": "teacher_cache", "student": "step",
+    "checkpoint_saver": "checkpoint", "recipe_check": "config", "recipe_parts": "config",
+    "plan_memory": "plan", "plan_text": "plan", "run_save": "run", "run_data": "run", "run_files": "files",
+    "run_info": "run", "watch": "run", "preemption": "run", "step_inputs": "train", "step_stats": "step",
+    "student": "step", "cache_settings": "teacher_cache", "tracking_wandb": "tracking",
     "parallel_fsdp": "parallel", "parallel_zero": "parallel",
-    "run_files": "files", "run_info": "run", "watch": "run", "step_stats": "step", "tracking_wandb": "tracking",
     "cli_args": "cli", "cli_data": "cli", "cli_audit": "cli",
 }  # fmt: skip
 # Leaves that may import another: models wrap linears with quant's module class.

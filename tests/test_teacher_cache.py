@@ -375,3 +375,24 @@ def test_two_processes_fill_one_cache(cache: Path, overrides: list[str], tmp_pat
         torch.testing.assert_close(
             one.read(key).top_k.target_T2, two.read(key).top_k.target_T2, rtol=1e-4, atol=1e-4
         )
+
+
+# ---------------------------------------------------------------- mixtures
+
+
+def test_of_a_mixture_the_records_that_come_up_are_taught(
+    overrides: list[str], world: Path, tmp_path: Path
+) -> None:
+    files = f"{{{world / 'qat_train.json'}: 0.25, {world / 'test.json'}: {{cap: 6}}}}"  # 8 and 6 in an epoch
+    mixed = [*overrides, f"data.path={files}", "optim.batch_size=7", "run.max_steps=2"]
+    cache = tmp_path / "cache"
+    summary = teacher_cache.fill_cache(recipe_of(mixed), cache, Accelerator(cpu=True))
+    assert summary["records"] == 14
+    given = [*mixed, f"teacher.cache={cache}", "teacher.path=null"]
+    run_training(recipe_of(given, f"run.output_dir={tmp_path / 'run'}"))
+    assert len(losses(tmp_path / "run")) == 2
+    longer = recipe_of(given, "run.max_steps=4", f"run.output_dir={tmp_path / 'longer'}")
+    with pytest.raises(
+        UserError, match="is stale: 1[0-4] of 2[0-8] records of .*qat_train.json and .*test.json"
+    ):
+        run_training(longer)

@@ -4,6 +4,7 @@ The work is cut into chunks that worker processes share; results come back in th
 they do not depend on the number of workers.
 """
 
+import json
 import multiprocessing
 import os
 import threading
@@ -17,10 +18,10 @@ from typing import Any
 
 import numpy as np
 
+from grace.data.annotations import Annotations, open_annotations
 from grace.data.faults import CLASSES, Fault, Policies
 from grace.data.image_check import check_image
-from grace.data.record_parse import Parsed, parse_entry, repeated_ids
-from grace.data.records import read_entries
+from grace.data.record_parse import Parsed, parse_entry
 from grace.data.template import count_tokens, image_token_count
 
 CHUNK = 64  # records at a time: enough to share out the tokenizer's overhead
@@ -90,6 +91,7 @@ def audit_file(
     deep: bool = False,
     workers: int | None = None,
     advance: Callable[[int, int], None] = lambda done, total: None,
+    annotations: Annotations | None = None,
 ) -> FileAudit:
     """Checks every record of a ShareGPT4V file and every picture it names.
 
@@ -101,26 +103,23 @@ def audit_file(
         deep: decodes every picture, where otherwise headers and tails are read.
         workers: processes; None takes what the machine has and the records are worth.
         advance: called with the number of records done and their total.
+        annotations: of the file, if they are open already.
 
     Raises:
         UserError: the file itself cannot be read.
     """
     path = Path(path)
-    entries = read_entries(path)
+    annotations = annotations or open_annotations(path)
     root = path.parent if image_root is None else Path(image_root)
     checker = Checker(root, processor, max_length, deep)
-    repeats = list(repeated_ids(entries))
-    tasks = (
-        (start, entries[start : start + CHUNK], repeats[start : start + CHUNK])
-        for start in range(0, len(entries), CHUNK)
-    )
-    count = workers or min(_cores(), max(1, len(entries) // RECORDS_PER_WORKER))
+    total = len(annotations)
+    count = workers or min(_cores(), max(1, total // RECORDS_PER_WORKER))
     chunks: dict[int, Chunk] = {}
     done = 0
-    for start, chunk in _results(checker, tasks, count):
+    for start, chunk in _results(checker, tasks_of(annotations), count):
         chunks[start] = chunk
         done += len(chunk.sources)
-        advance(done, len(entries))
+        advance(done, total)
     ordered = [chunks[start] for start in sorted(chunks)]
     return FileAudit(
         path,
@@ -132,7 +131,15 @@ def audit_file(
 
 # ---------------------------------------------------------------- one chunk
 
-Task = tuple[int, list[Any], list[bool]]  # place of the first entry, entries, whether their ids repeat
+Task = tuple[int, list[str], list[bool]]  # place of the first entry, entries, whether their ids repeat
+
+
+def tasks_of(annotations: Annotations) -> Iterator[Task]:
+    """The entries of a file, `CHUNK` at a time, as they stand there."""
+    for start in range(0, len(annotations), CHUNK):
+        stop = min(start + CHUNK, len(annotations))
+        repeats_N = annotations.index.repeats_N[start:stop]
+        yield start, annotations.read(start, stop), repeats_N.tolist()
 
 
 @dataclass(frozen=True)
@@ -155,7 +162,8 @@ class Checker:
 
     def check(self, task: Task) -> Chunk:
         """Faults, sources and counts of the entries of a task."""
-        start, entries, repeats = task
+        start, texts, repeats = task
+        entries = [json.loads(text) for text in texts]
         parsed = [
             parse_entry(entry, self.root, repeat) for entry, repeat in zip(entries, repeats, strict=True)
         ]

@@ -23,11 +23,12 @@ from grace.files import sha256_of, write_text
 FORMAT = 1  # of both files; another number is another audit
 
 
-def list_path(data_path: str | Path, given: str | Path | None = None) -> Path:
-    """Where the list lies: the path given (in it, if that is a directory), else beside the annotations."""
-    name = f"{Path(data_path).stem}.audit.jsonl"
+def list_path(files: str | Path | Sequence[str], given: str | Path | None = None) -> Path:
+    """Where the list lies: the path given (in it, if that is a directory), else beside the (first) annotations."""
+    first, *others = [files] if isinstance(files, str | Path) else files
+    name = f"{Path(first).stem}{f'+{len(others)}' if others else ''}.audit.jsonl"
     if given is None:
-        return Path(data_path).with_name(name)
+        return Path(first).with_name(name)
     given_path = Path(given)
     is_folder = os.path.isdir(given_path) or str(given).endswith("/")
     return given_path / name if is_folder else given_path

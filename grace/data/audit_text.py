@@ -53,7 +53,11 @@ def _format_run(report: Mapping[str, Any]) -> str:
         lines.append("the run, once it may start, on the records that can be used as they are:")
     else:
         lines.append("the run:")
-    rows: list[Sequence[Any]] = [("", "one epoch", "whole run")]
+    is_mixture = len(run["files"]) > 1 or any(file["taken"] != file["records"] for file in run["files"])
+    if is_mixture:
+        shares = [(file["path"], file["records"], file["taken"]) for file in run["files"]]
+        lines.append(table([("file", "records", "taken in an epoch"), *shares]))
+    rows: list[Sequence[Any]] = [("", "first epoch" if is_mixture else "one epoch", "whole run")]
     rows.append(("steps", "", run["steps"]))
     rows.append(("records", run["records"], run["steps"] * run["batch_size"]))
     for name in ("images", "tokens", "image_tokens", "supervised"):

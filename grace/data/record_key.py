@@ -3,7 +3,8 @@
 import hashlib
 import json
 
-from grace.data.records import Record, read_image
+from grace.data.image_file import read_image
+from grace.data.record_parse import Record
 
 TEXT_BYTES, CONTENT_BYTES = 8, 16
 

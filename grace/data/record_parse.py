@@ -47,29 +47,13 @@ class Parsed:
     faults: tuple[Fault, ...]
 
 
-def parse_entries(entries: list[Any], root: Path) -> Iterator[Parsed]:
-    """Every entry, in order, with all the faults that it and the ids before it show."""
-    for entry, repeats in zip(entries, repeated_ids(entries), strict=True):
-        yield parse_entry(entry, root, repeats)
-
-
-def repeated_ids(entries: list[Any]) -> Iterator[bool]:
-    """For every entry, whether one before it has the same id."""
-    seen: set[str] = set()
-    for entry in entries:
-        name = _id(entry) if isinstance(entry, dict) else None
-        yield name is not None and name in seen
-        if name is not None:
-            seen.add(name)
-
-
 def parse_entry(entry: Any, root: Path, repeats: bool = False) -> Parsed:
     """One entry with its faults; `repeats` says that an earlier entry has its id."""
     if not isinstance(entry, dict):
         fault = Fault("not_an_object", f" is a JSON {type(entry).__name__}: an object is needed")
         return Parsed(None, None, (), (fault,))
     faults: list[Fault] = []
-    record_id = _id(entry)
+    record_id = entry_id(entry)
     if record_id is None:
         faults.append(Fault("no_id", ' has no "id": give every record a text or a number'))
     elif repeats:
@@ -98,8 +82,9 @@ def check_marks(turns: tuple[Turn, ...], images: int) -> str | None:
 # ---------------------------------------------------------------- parts of an entry
 
 
-def _id(entry: dict[str, Any]) -> str | None:
-    value = entry.get("id")
+def entry_id(entry: Any) -> str | None:
+    """The id of an entry as text, None where it has none."""
+    value = entry.get("id") if isinstance(entry, dict) else None
     if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
         return None
     return str(value)

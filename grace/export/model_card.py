@@ -12,6 +12,7 @@ import yaml
 
 from grace.export.card_texts import FORMAT_TEXT, LIBRARY, LIMITS, LOAD
 from grace.export.source import Source
+from grace.recipe_parts import paths_of
 
 _LICENSE = "apache-2.0"  # that of Qwen3-VL and of GRACE
 # A base model that the Hub knows; any other text is a local path, which it would refuse as `base_model`.
@@ -70,7 +71,9 @@ def _training(source: Source, base: str) -> str:
     facts = {
         "base model": base if _HUB_NAME.fullmatch(base) else PurePath(base).name,
         "teacher": PurePath(teacher).name if teacher else "none",
-        "training data": PurePath(str(data.get("path") or "not recorded")).name,
+        "training data": ", ".join(
+            PurePath(path).name for path in paths_of(data.get("path") or "not recorded")
+        ),
         "validation data": PurePath(str(data.get("validation_path") or "none")).name,
         "optimizer steps": info.get("steps", "not recorded"),
         "recipe SHA-256": info.get("recipe_sha256", "not recorded"),

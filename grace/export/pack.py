@@ -22,6 +22,7 @@ from grace.export.model_card import model_card
 from grace.export.reference import Reference
 from grace.export.source import Source, open_source
 from grace.files import new_directory, require_free
+from grace.recipe_parts import paths_of
 
 FORMATS = ("awq", "compressed-tensors", "gguf", "mlx", "qat")
 BITS = {"awq": (4,), "compressed-tensors": (4, 8), "gguf": (4, 8), "mlx": (4, 8)}
@@ -156,13 +157,14 @@ def parity_records(
     """
     if given is None:
         data = source.recipe.get("data") or {}
-        path = data.get("validation_path") or data.get("path")
-        if not path:
+        if not data.get("path"):
             raise UserError(f"{source.directory} does not name its data: pass --parity-data FILE.json")
+        files = paths_of(data["path"])
+        path = data.get("validation_path") or files[0]
         root = image_root or data.get("image_root")
         try:
             policies = Policies(data.get("skip") or (), data.get("accept") or ())
-            audit = read_list(list_path(data["path"], data.get("audit"))) if policies.need_audit() else None
+            audit = read_list(list_path(files, data.get("audit"))) if policies.need_audit() else None
             left_out = audit.left_out(path, root, None, policies) if audit else {}
             given = load_records(Path(path), Path(root) if root else None, policies, left_out)
         except UserError as error:

@@ -1,6 +1,8 @@
 """Ids equal the processor's own on ordinary text; labels come from structure whatever the text says."""
 
+import json
 import unicodedata
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from grace.data.packing import collate_packed
+from grace.data.record_parse import parse_entry
 from grace.data.records import Record, Turn, load_records, open_image
-from grace.data.template import CHAT_TEMPLATE, IGNORED, Sample, encode, encode_prompt
+from grace.data.template import CHAT_TEMPLATE, IGNORED, Sample, count_tokens, encode, encode_prompt
 from grace.errors import UserError
 from grace.models.processor import load_processor
 
@@ -247,3 +251,47 @@ def test_unusable_pictures_name_the_record(tmp_path: Path, processor: Any) -> No
 
 def test_template_marks_what_is_supervised() -> None:
     assert CHAT_TEMPLATE.count("generation -%}") >= 2 and "<|im_end|>" in CHAT_TEMPLATE
+
+
+MARKED = st.lists(TRAPS | ORDINARY | st.just("<image>"), min_size=1, max_size=6).map("".join)
+SEPARATED = MARKED.filter(lambda t: t.replace("<image>", "").strip())  # text beside the marks
+
+
+@settings(max_examples=150, deadline=None)
+@given(turns=st.lists(st.tuples(SEPARATED, SEPARATED), min_size=1, max_size=3), system=st.none() | SEPARATED)
+def test_image_marks_count_in_human_turns_only_from_file_to_packed_row(
+    processor: Any, picture: Path, turns: list[tuple[str, str]], system: str | None
+) -> None:
+    """Through the file, the parser, the audit's count and the packed row, beside another record."""
+    said = [("system", system)] if system is not None else []
+    said += [(role, text) for pair in turns for role, text in zip(("human", "gpt"), pair, strict=True)]
+    marks = sum(text.count("<image>") for role, text in said if role == "human")
+    entry = {"id": "r", "image": [picture.name] * marks,
+             "conversations": [{"from": role, "value": text} for role, text in said]}  # fmt: skip
+    parsed = parse_entry(json.loads(json.dumps(entry)), picture.parent)
+    assert parsed.record is not None, parsed.faults
+    sample = encode(parsed.record, processor, 4096)
+    (counts,) = count_tokens([(parsed.record.turns, [9] * marks)], processor)
+    answers = [unicodedata.normalize("NFC", text) for role, text in said if role == "gpt"]
+    assert int(sample.mm_token_type_ids_L.sum()) == counts.image == 9 * marks
+    assert (len(sample.input_ids_L), sum(map(len, runs(sample)))) == (counts.tokens, counts.supervised)
+    row = collate_packed([encode(record(picture, "<image>?", "no"), processor, 100), sample], 2)
+    ids_L, labels_L = row.input_ids_BL[0], row.labels_BL[0]
+    end = processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert int((ids_L == processor.image_token_id).sum()) == 9 * (marks + 1)
+    assert torch.equal(labels_L[labels_L != IGNORED], ids_L[labels_L != IGNORED])
+    stretches = runs(replace(sample, labels_L=labels_L))
+    assert all(stretch.count(end) == 1 and stretch[-1] == end for stretch in stretches)
+    decoded = [processor.tokenizer.decode(s[:-1], clean_up_tokenization_spaces=False) for s in stretches]
+    assert decoded == ["no", *answers]
+
+
+@settings(max_examples=60, deadline=None)
+@given(text=SEPARATED, images=st.integers(0, 3))
+def test_a_mark_without_its_picture_is_a_fault_never_an_image(picture: Path, text: str, images: int) -> None:
+    entry = {"id": "r", "image": [picture.name] * images,
+             "conversations": [{"from": "human", "value": text}, {"from": "gpt", "value": text}]}  # fmt: skip
+    parsed = parse_entry(entry, picture.parent)
+    right = text.count("<image>") == images
+    assert [fault.kind for fault in parsed.faults] == ([] if right else ["image_count"])
+    assert (parsed.record is not None) == right
