@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -42,6 +42,8 @@ from grace.step_stats import Stats, gate_stats, padding_share
 from grace.student import Signals, Weights, autocast
 from grace.tracking import Tracker
 from grace.watch import HISTOGRAM_EDGES, controller_values
+
+WindowEnd = Literal["no", "yes", "layers"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -150,17 +152,17 @@ def loop(
         for step, (inputs, waited) in zip(steps, timed(loader), strict=True):
             if isinstance(inputs, UserError):
                 raise inputs
-            due = tracker.due(step + 1)
-            values, measured, totals = one_step(run, inputs.to(device), step, waited, due)
+            end = window_end(run, tracker, step)
+            values, measured, totals = one_step(run, inputs.to(device), step, waited, end)
             if step == steps.start:  # not before: a picture that cannot be read stays one line
                 run.accelerator.print(f"kernels: {run.kernels}", file=sys.stderr)
             run.step = step + 1
             tracker.add(run.step, values, measured=measured, **totals)
             finished = run.step == run.total_steps
             measure = finished or (settings.eval_every and run.step % settings.eval_every == 0)
-            if measure:
+            if validation and measure:
                 with tracker.aside():
-                    look_closer(run, tracker, validation, processor)
+                    validate(run, tracker, validation, processor)
             stopping = stop.on_any_rank(run.accelerator) and not finished
             if finished or stopping or run.step % settings.save_every == 0:
                 score = run.validation["val/ce"] if run.validation and measure else None
@@ -181,25 +183,25 @@ def timed(loader: Iterable[Any]) -> Iterator[tuple[Any, float]]:
         start = time.perf_counter()
 
 
-def look_closer(run: Run, tracker: Tracker, validation: Sequence[Record], processor: Any) -> None:
-    """Logs what is too much for every window, and validates."""
-    if layers := run.watch.snr_by_layer():
-        tracker.log(run.step, layers)
-    if validation:
-        validate(run, tracker, validation, processor)
+def window_end(run: Run, tracker: Tracker, step: int) -> WindowEnd:
+    """What the log window tells that ends with `step` (0-based), if one does: layers once per validation and at the end."""
+    every, log_every = run.recipe.run.eval_every, run.recipe.run.log_every
+    logged = step // log_every * log_every  # the step before this one with a line
+    validated = step + 1 == run.total_steps or (every > 0 and (step + 1) // every > logged // every)
+    return ("layers" if validated else "yes") if tracker.due(step + 1) else "no"
 
 
 def one_step(
-    run: Run, inputs: StepInputs, step: int, waited: float = 0.0, due: bool = False
+    run: Run, inputs: StepInputs, step: int, waited: float = 0.0, end: WindowEnd = "no"
 ) -> tuple[Stats, dict[str, float | None], dict[str, float]]:
     """One optimizer step.
 
     Args:
         waited: seconds that the inputs took to come.
-        due: this step ends a log window.
+        end: whether this step ends a log window, and whether its line tells of every layer.
 
     Returns:
-        The values of this step, what was measured for the log line (nothing unless `due`), and counts whose
+        The values of this step, what was measured for the log line (nothing unless it ends there), and counts whose
         rates are of interest.
     """
     options, optim = run.recipe.distill, run.recipe.optim
@@ -212,7 +214,7 @@ def one_step(
     result = forward_backward(
         run.parallel, inputs.student, signals, weights, options.loss, head_VE, [*inputs.work, waited]
     )
-    norms = run.watch.grad_norms() if due else {}
+    norms = run.watch.grad_norms() if end != "no" else {}
     norm = run.parallel.update()
     if not math.isfinite(norm):
         names = [record_id for batch in inputs.student if batch is not None for record_id in batch.record_ids]
@@ -238,8 +240,8 @@ def one_step(
     }
     values["data/padding_share"] = padding_share(work)
     measured: dict[str, float | None] = {}
-    if due:
-        measured = run.watch.measure(norms)
+    if end != "no":
+        measured = run.watch.measure(norms, by_layer=end == "layers")
         measured |= controller_values(run.controller) if options.loss != "none" else {}
     return values, measured, totals
 

@@ -84,8 +84,13 @@ class Watch:
                 )
         return norms
 
-    def measure(self, norms: dict[str, Tensor]) -> dict[str, float | None]:
-        """The numbers of a log line; every process must call it. `norms` as `grad_norms` gave them."""
+    def measure(self, norms: dict[str, Tensor], by_layer: bool = False) -> dict[str, float | None]:
+        """The numbers of a log line; every process must call it.
+
+        Args:
+            norms: as `grad_norms` gave them.
+            by_layer: tells the quantization SNR of every layer too.
+        """
         ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
         memory = torch.zeros(ranks, 2, dtype=torch.float64)
         memory[rank] = torch.tensor(memory_used(self.accelerator.device))
@@ -103,16 +108,8 @@ class Watch:
         values |= dict(zip(norms, numbers[len(joined) :], strict=True))
         if self.quant is not None:
             table = torch.tensor(numbers[2 * ranks : len(joined)], dtype=torch.float64).view(-1, 6)
-            values |= health_values(self.quant.health(table))
+            values |= health_values(self.quant.health(table), by_layer)
         return values
-
-    def snr_by_layer(self) -> dict[str, float | None]:
-        """Quantization SNR of every layer, dB; every process must call it."""
-        if self.quant is None:
-            return {}
-        sums = self.quant.sums(remember=False).to(self.accelerator.device)
-        layers = self.quant.health(reduce_sum(self.accelerator, sums)).layers
-        return {f"quant/snr/{short(name)}": finite(layer.snr_db) for name, layer in layers.items()}
 
     def state(self) -> dict[str, Tensor]:
         """What an interrupted run needs to measure the same numbers."""
@@ -124,11 +121,12 @@ class Watch:
             self.quant.load_state(state)
 
 
-def health_values(health: Health) -> dict[str, float | None]:
-    """The quantizer's health by name, all layers together and the extreme ones; nothing, if none was measured."""
+def health_values(health: Health, by_layer: bool = False) -> dict[str, float | None]:
+    """The quantizer's health by name: all layers together, the extreme ones, each if asked; nothing, if none was measured."""
     if health.together is None:
         return {}
     ratios = [layer.snr_db for layer in health.layers.values()]
+    layers = {f"quant/snr/{short(name)}": finite(layer.snr_db) for name, layer in health.layers.items()}
     return {
         "quant/snr_db": finite(health.together.snr_db),
         "quant/snr_db_min": finite(min(ratios)),
@@ -136,6 +134,7 @@ def health_values(health: Health) -> dict[str, float | None]:
         "quant/clipped": health.together.clipped,
         "quant/flipped": health.together.flipped,
         "quant/scale_drift": health.together.scale_drift,
+        **(layers if by_layer else {}),
     }
 
 

@@ -63,7 +63,8 @@ def test_every_window_tells_everything(run_dir):
     lines = [line for line in logged(run_dir) if "loss/total" in line]
     assert [line["step"] for line in lines] == [2, 4]
     for line in lines:
-        assert set(line) == ALWAYS | DISTILLED | QUANTIZED | {"rcka/omega", "grad_norm/scales"}
+        expected = ALWAYS | DISTILLED | QUANTIZED | {"rcka/omega", "grad_norm/scales"}
+        assert set(line) - set(layers_of(line)) == expected
         assert sum(line["gate/histogram"]) == pytest.approx(1) == sum(line["rcka/cka_histogram"])
         assert line["rcka/cka_min"] <= line["rcka/cka_mean"] <= line["rcka/cka_max"] <= 1
         assert 0 <= line["perf/data_wait"] < 1 and line["perf/images_per_s"] > 0
@@ -83,16 +84,22 @@ def test_quantizer_is_measured_as_the_checkpoints_have_it(run_dir):
     assert line["quant/flipped"] == pytest.approx(flipped / weights, rel=1e-9) and flipped > 0
 
 
-def test_layers_are_told_with_the_validation(run_dir):
-    (layers,) = (line for line in logged(run_dir) if "quant/snr/layers.0.mlp.up_proj" in line)
-    last = next(line for line in logged(run_dir) if line["step"] == 4 and "loss/total" in line)
-    ratios = [value for key, value in layers.items() if key != "step"]
-    assert (
-        layers["step"] == 4
-        and min(ratios) == last["quant/snr_db_min"]
-        and max(ratios) == last["quant/snr_db_max"]
-    )
-    assert "val/ce" in logged(run_dir)[-1]
+def layers_of(line: dict) -> dict[str, float]:
+    return {key: value for key, value in line.items() if key.startswith("quant/snr/")}
+
+
+def test_layers_are_told_at_the_end(run_dir):
+    first, last = (line for line in logged(run_dir) if "loss/total" in line)
+    ratios = layers_of(last).values()
+    assert layers_of(first) == {} and "quant/snr/layers.0.mlp.up_proj" in layers_of(last)
+    assert min(ratios) == last["quant/snr_db_min"] and max(ratios) == last["quant/snr_db_max"]
+
+
+def test_layers_are_told_once_per_validation(tmp_path, arguments):
+    extra = ("run.max_steps=8", "run.log_every=2", "run.eval_every=3", "run.save_every=100")
+    train(load_recipe("small_world/grace_w4.yaml", arguments(tmp_path / "run", *extra)))
+    told = [line["step"] for line in logged(tmp_path / "run") if layers_of(line)]
+    assert told == [4, 6, 8]  # validated after 3, 6 and 8
 
 
 def test_gradients_of_the_groups_make_up_the_whole(run_dir, tmp_path, arguments):

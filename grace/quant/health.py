@@ -66,13 +66,10 @@ class QuantHealth:
             self.codes[name] = _codes(weight_OGS, theta_OG, layer.bits)[0]
 
     @torch.no_grad()
-    def sums(self, remember: bool = True) -> Tensor:
-        """Unnormalised sums of every layer [layers, 6] float64, on the device.
+    def sums(self) -> Tensor:
+        """Unnormalised sums of every layer [layers, 6] float64, on the device; the codes become the last ones.
 
         Columns: W^2, (W - W_hat)^2, clipped, flipped, |theta - theta_0|, weights.
-
-        Args:
-            remember: the codes of now become those of the last measurement.
         """
         rows = []
         for name, layer in self.layers.items():
@@ -80,8 +77,7 @@ class QuantHealth:
             codes_OGS, noise, clipped = _codes(weight_OGS, theta_OG, layer.bits, measured=True)
             flipped = (codes_OGS != self.codes[name]).sum()
             drift = (theta_OG - self.theta_0[name]).abs().sum(dtype=torch.float64) * layer.group_size
-            if remember:
-                self.codes[name] = codes_OGS
+            self.codes[name] = codes_OGS
             signal = weight_OGS.float().square().sum(dtype=torch.float64)
             parts = (signal, noise, clipped, flipped, drift, torch.full_like(signal, codes_OGS.numel()))
             rows.append(torch.stack([part.double() for part in parts]))
