@@ -36,6 +36,7 @@ from grace.run import Run, claimed, compute_dtype, set_up, total_steps
 from grace.run_data import load_run_data, require_same_on_all_ranks
 from grace.run_info import announce, publish_model
 from grace.run_save import resume, save_final_model, save_resume_state
+from grace.schedule import learning_rate_factor
 from grace.step import NonFiniteLoss, forward_backward, reduce_sum, run_teacher
 from grace.step_inputs import StepBatches, StepInputs
 from grace.step_stats import Stats, gate_stats, padding_share
@@ -73,6 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(text)
         else:
             train(recipe, args.allow_changed)
+            if torch.distributed.is_initialized():  # its threads must not outlive the interpreter
+                torch.distributed.destroy_process_group()
         return 0
 
     return run_command(command)
@@ -295,16 +298,6 @@ def validation_batches(records: Sequence[Record], processor: Any, recipe: Recipe
         part = records[start : start + size]
         samples = [encode(record, processor, recipe.data.max_length) for record in part]
         yield collate(samples, processor.tokenizer.pad_token_id)
-
-
-def learning_rate_factor(step: int, total: int, warmup_ratio: float, schedule: str) -> float:
-    """Multiplier of the base rate at `step` (0-based): linear warm-up, then constant or half a cosine to 0."""
-    warmup = math.ceil(warmup_ratio * total)
-    if step < warmup:
-        return (step + 1) / warmup
-    if schedule == "constant":
-        return 1.0
-    return 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ BELONGS_TO = {
     "checkpoint_saver": "checkpoint", "recipe_check": "config", "recipe_parts": "config",
     "plan_memory": "plan", "plan_text": "plan", "run_save": "run", "run_data": "run", "run_files": "files",
     "run_info": "run", "watch": "run", "preemption": "run", "step_inputs": "train", "step_stats": "step",
-    "student": "step", "cache_settings": "teacher_cache", "tracking_wandb": "tracking",
+    "student": "step", "schedule": "train", "cache_settings": "teacher_cache", "tracking_wandb": "tracking",
     "parallel_fsdp": "parallel", "parallel_zero": "parallel",
     "cli_args": "cli", "cli_data": "cli", "cli_audit": "cli",
 }  # fmt: skip

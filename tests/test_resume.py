@@ -169,7 +169,8 @@ def test_asked_to_stop_it_saves_and_goes_on_later(
 ) -> None:
     extra = ["run.max_steps=8", "run.save_every=100", f"data.num_workers={workers}"]
     log, stopped = tmp_path / "log", tmp_path / "stopped"
-    train(load_recipe(RECIPE, overrides(tmp_path / "straight", *extra)))
+    straight = start(overrides(tmp_path / "straight", *extra), tmp_path / "straight.log")
+    straight.join(120)
     process = start(overrides(stopped, *extra), log)
     wait_for(
         lambda: (stopped / "metrics.jsonl").exists() and bool((stopped / "metrics.jsonl").read_text()),
@@ -183,7 +184,9 @@ def test_asked_to_stop_it_saves_and_goes_on_later(
     assert f"{number.name}: stopping after this step" in text
     assert "stopped: saved after step" in text and "Traceback" not in text
     assert len(checkpoint_paths(stopped)) == 1 and not (stopped / "model").exists()
-    train(load_recipe(RECIPE, overrides(stopped, *extra)))
+    again = start(overrides(stopped, *extra), log)
+    again.join(120)
+    assert (straight.exitcode, again.exitcode) == (0, 0), log.read_text()[-2000:]
     same_end(tmp_path / "straight", stopped)
 
 

@@ -19,8 +19,9 @@ from grace.config import load_recipe
 from grace.errors import UserError
 from grace.quant.grid import dequantize, quantize
 from grace.run import total_steps
+from grace.schedule import learning_rate_factor
 from grace.tracking import is_timing
-from grace.train import learning_rate_factor, main, train
+from grace.train import main, train
 
 
 @pytest.fixture

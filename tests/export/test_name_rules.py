@@ -77,7 +77,7 @@ def test_the_published_lists_are_read_right_by_all():
         (["lm_head", "re:visual.*"], name_rules.COMPRESSED_TENSORS_RULES, {"transformers", "vLLM"}),
         (["re:.*"], name_rules.COMPRESSED_TENSORS_RULES, {"transformers", "vLLM", "SGLang"}),
     ],
-    ids=str,
+    ids=range(6),
 )
 def test_lists_that_fail_are_noticed(listed: list[str], rules: dict, engines: set[str]):
     assert engines_that_misread(listed, rules) == engines
