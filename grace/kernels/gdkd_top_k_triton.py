@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from grace.kernels.gdkd_triton import WARPS, binary_kl, block_size, move, sigmoid, softplus
+from grace.kernels.gdkd_triton import WARPS, block_size, decoupled, move, rest_block, sigmoid, softplus
 
 
 @triton.jit
@@ -25,9 +25,7 @@ def _residual(student_ptr, target, vocabulary, shared, tau, SQUARED: tl.constexp
     """Maximum of a row without target and known tokens, and its masses: shared ones at the temperature, all at 1."""
     top, mass, mass_one = float("-inf"), 0.0, 0.0
     for start in range(0, vocabulary, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
-        rest = (columns < vocabulary) & (columns != target)
-        x = tl.load(student_ptr + columns, mask=rest, other=float("-inf")).to(tl.float32)
+        columns, rest, x = rest_block(student_ptr, start, target, vocabulary, BLOCK)
         top, base, _, fade, fade_one = move(top, tl.max(x, 0), tau)
         u = tl.exp((x - base) / tau)
         mass_one = mass_one * fade_one + tl.sum(u * u if SQUARED else tl.exp(x - base), 0)
@@ -40,15 +38,11 @@ def _distance(
     odds, teacher_odds, scaled, log_share, share, log_residual, teacher_log_residual, share_left, log_mass,
     tau, tckd_weight, nckd_weight, PLAIN_KL: tl.constexpr,
 ):  # fmt: skip
-    """(KD loss, weight of its NCKD, sigmoid(odds) - sigmoid(teacher's odds)) of a row."""
+    """`decoupled` from the known tokens and the residual."""
     divergence = tl.sum(tl.where(share > 0, share * (log_share - (scaled - log_mass)), 0.0), 0)
     left = share_left * (teacher_log_residual - (log_residual - log_mass))
     divergence += tl.where(share_left > 0, left, 0.0)
-    weight = sigmoid(-teacher_odds) if PLAIN_KL else nckd_weight
-    swapped = sigmoid(-teacher_odds) - sigmoid(-odds)
-    delta = tl.where(teacher_odds > 0, swapped, sigmoid(odds) - sigmoid(teacher_odds))
-    kd = tau * tau * (tckd_weight * binary_kl(teacher_odds, odds) + weight * divergence)
-    return kd, weight, delta
+    return decoupled(odds, teacher_odds, divergence, tau, tckd_weight, nckd_weight, PLAIN_KL)
 
 
 @triton.jit
@@ -59,9 +53,7 @@ def _write_gradient(
     """The second pass: masses again, times their factors, over the student's logits; 0 at the known tokens."""
     kind = student_ptr.dtype.element_ty
     for start in range(0, vocabulary, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
-        rest = (columns < vocabulary) & (columns != target)
-        x = tl.load(student_ptr + columns, mask=rest, other=float("-inf")).to(tl.float32)
+        columns, rest, x = rest_block(student_ptr, start, target, vocabulary, BLOCK)
         u = tl.exp((x - base) / tau)
         gradient = (u * u if SQUARED else tl.exp(x - base)) * ce_factor
         gradient += tl.where(columns < shared, u * left_factor, 0.0)

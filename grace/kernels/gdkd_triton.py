@@ -115,20 +115,34 @@ def _teacher_block(t, x_below, both, shift, top, mass, mass_one, moment, cross, 
 
 
 @triton.jit
+def rest_block(student_ptr, start, target, vocabulary, BLOCK: tl.constexpr):
+    """Some columns of a row: their indices, which of them belong to the rest, and their logits, -inf elsewhere."""
+    columns = start + tl.arange(0, BLOCK)
+    rest = (columns < vocabulary) & (columns != target)
+    return columns, rest, tl.load(student_ptr + columns, mask=rest, other=float("-inf")).to(tl.float32)
+
+
+@triton.jit
+def decoupled(odds, teacher_odds, nckd, tau, tckd_weight, nckd_weight, PLAIN_KL: tl.constexpr):
+    """(KD loss, weight of its NCKD, sigmoid(odds) - sigmoid(teacher's odds)) of a row."""
+    weight = sigmoid(-teacher_odds) if PLAIN_KL else nckd_weight
+    kd = tau * tau * (tckd_weight * binary_kl(teacher_odds, odds) + weight * nckd)
+    swapped = sigmoid(-teacher_odds) - sigmoid(-odds)
+    return kd, weight, tl.where(teacher_odds > 0, swapped, sigmoid(odds) - sigmoid(teacher_odds))
+
+
+@triton.jit
 def _distance(
     lead, teacher_lead, cross, mass, teacher_mass, tau, tckd_weight, nckd_weight, PLAIN_KL: tl.constexpr
 ):
-    """(KD loss, weight of its NCKD, sigmoid(odds) - sigmoid(teacher's odds)) of a row.
+    """`decoupled` of a teacher whose logits are all there.
 
     `lead` is by how much the target's logit exceeds the rest's largest.
     """
     odds = lead / tau - tl.log(mass)
     teacher_odds = teacher_lead / tau - tl.log(teacher_mass)
-    weight = sigmoid(-teacher_odds) if PLAIN_KL else nckd_weight
     nckd = tl.where(teacher_mass == 0, 0.0, cross / (tau * teacher_mass) + tl.log(mass / teacher_mass))
-    kd = tau * tau * (tckd_weight * binary_kl(teacher_odds, odds) + weight * nckd)
-    swapped = sigmoid(-teacher_odds) - sigmoid(-odds)
-    return kd, weight, tl.where(teacher_odds > 0, swapped, sigmoid(odds) - sigmoid(teacher_odds))
+    return decoupled(odds, teacher_odds, nckd, tau, tckd_weight, nckd_weight, PLAIN_KL)
 
 
 @triton.jit
@@ -140,9 +154,7 @@ def _write_gradient(
     """The second pass: masses again, times their factors, over the student's logits."""
     kind = student_ptr.dtype.element_ty
     for start in range(0, vocabulary, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
-        rest = (columns < vocabulary) & (columns != target)
-        x = tl.load(student_ptr + columns, mask=rest, other=float("-inf")).to(tl.float32)
+        columns, rest, x = rest_block(student_ptr, start, target, vocabulary, BLOCK)
         u = tl.exp((x - base) / tau)
         gradient = (u * u if SQUARED else tl.exp(x - base)) * ce_factor
         if HAS_TEACHER:
@@ -170,10 +182,8 @@ def _rows_kernel(
     teacher_top, teacher_mass, teacher_one = float("-inf"), 0.0, 0.0
     moment, cross, teacher_base = 0.0, 0.0, 0.0
     for start in range(0, vocabulary, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
-        rest = (columns < vocabulary) & (columns != target)
+        columns, rest, x = rest_block(student_ptr, start, target, vocabulary, BLOCK)
         both = rest & (columns < shared)
-        x = tl.load(student_ptr + columns, mask=rest, other=float("-inf")).to(tl.float32)
         top, base, shift, fade, fade_one = move(top, tl.max(x, 0), tau)
         u = tl.exp((x - base) / tau)
         mass_one = mass_one * fade_one + tl.sum(u * u if SQUARED else tl.exp(x - base), 0)
