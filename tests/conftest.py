@@ -50,6 +50,22 @@ def qat_run(tmp_path_factory: pytest.TempPathFactory, tiny_student_dir: Path, ti
     return write_qat_run(tmp_path_factory.mktemp("runs") / "w4", tiny_student_dir, tiny_world_dir)
 
 
+@pytest.fixture(scope="session", params=[4, 8], ids=["w4", "w8"])
+def run_of_bits(
+    request: pytest.FixtureRequest,
+    qat_run: Path,
+    tiny_student_dir: Path,
+    tiny_world_dir: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[Path, int]:
+    """A finished run at 4 and at 8 bits, and its bits. Do not write into it."""
+    from small_qat_run import write_qat_run
+
+    if request.param == 4:
+        return qat_run, 4
+    return write_qat_run(tmp_path_factory.mktemp("runs") / "w8", tiny_student_dir, tiny_world_dir, bits=8), 8
+
+
 @pytest.fixture(scope="session")
 def awq_dir(tmp_path_factory: pytest.TempPathFactory, qat_run: Path) -> Path:
     """The AWQ export of `qat_run`. Do not write into it."""

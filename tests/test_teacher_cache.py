@@ -361,11 +361,7 @@ def test_two_processes_fill_one_cache(cache: Path, overrides: list[str], tmp_pat
         "small_world/grace_w4.yaml", *overrides, f"teacher.cache_top_k={VOCABULARY - 1}", "--out", str(tmp_path / "two"),
         "--records-per-shard", "9",
     ]  # fmt: skip
-    environment = os.environ | {
-        "ACCELERATE_USE_CPU": "true",
-        "OMP_NUM_THREADS": "1",
-        "GRACE_RECORDS_PER_SHARD": "9",
-    }
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stderr[-3000:]
     one, two = TeacherCache(cache), TeacherCache(tmp_path / "two")

@@ -9,7 +9,6 @@ import torch
 from compressed_tensors.compressors.base import BaseCompressor
 from compressed_tensors.quantization import QuantizationScheme
 from safetensors.torch import load_file
-from small_qat_run import write_qat_run  # pyright: ignore[reportMissingImports] - tests/ is on the path
 from transformers import AutoModelForImageTextToText
 
 from grace.checkpoint import read_qat
@@ -23,21 +22,11 @@ from grace.quant.grid import dequantize
 PARTS = ("weight_packed", "weight_scale", "weight_shape")
 
 
-@pytest.fixture(scope="module", params=[4, 8], ids=["w4", "w8"])
-def exported(
-    request,
-    qat_run: Path,
-    tiny_student_dir: Path,
-    tiny_world_dir: Path,
-    tmp_path_factory: pytest.TempPathFactory,
-):
+@pytest.fixture(scope="module")
+def exported(run_of_bits: tuple[Path, int], tmp_path_factory: pytest.TempPathFactory):
     """(run, export directory, report) with 4 and with 8 bits."""
     folder = tmp_path_factory.mktemp("compressed")
-    run = (
-        qat_run
-        if request.param == 4
-        else write_qat_run(folder / "w8", tiny_student_dir, tiny_world_dir, bits=8)
-    )
+    run, _ = run_of_bits
     return run, folder / "out", export_run(run, folder / "out", ("compressed-tensors",))
 
 

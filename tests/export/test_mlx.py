@@ -16,24 +16,14 @@ from grace.models.foreign_names import mlx_name
 from grace.quant.grid import dequantize
 
 
-@pytest.fixture(scope="module", params=[4, 8], ids=["w4", "w8"])
-def exported(
-    request,
-    qat_run: Path,
-    tiny_student_dir: Path,
-    tiny_world_dir: Path,
-    tmp_path_factory: pytest.TempPathFactory,
-):
+@pytest.fixture(scope="module")
+def exported(run_of_bits: tuple[Path, int], tmp_path_factory: pytest.TempPathFactory):
     """(run, export directory, bits)."""
     folder = tmp_path_factory.mktemp("mlx")
-    run = (
-        qat_run
-        if request.param == 4
-        else write_qat_run(folder / "w8", tiny_student_dir, tiny_world_dir, bits=8)
-    )
+    run, bits = run_of_bits
     report = export_run(run, folder / "out", ("mlx",))
     assert report["formats"]["mlx"]["parity"]["exact"]["relative"] <= 1e-4
-    return run, folder / "out", request.param
+    return run, folder / "out", bits
 
 
 def affine(weight: torch.Tensor, scales: torch.Tensor, biases: torch.Tensor, bits: int) -> np.ndarray:

@@ -10,7 +10,6 @@ Exports RUN to AWQ and reads it in an environment without GRACE:
 Prints a table and, last, one line of JSON; exits with 1 where a bound is missed.
 """
 
-import argparse
 import json
 import sys
 import tempfile
@@ -25,19 +24,13 @@ MAX_TOKENS = 16
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("run", type=Path)
-    parser.add_argument("--records", type=int, default=8)
-    parser.add_argument("--folder", type=Path, help="where environments are kept")
-    args = parser.parse_args()
-    from environment import DEFAULT_FOLDER, python_of, report, run_inside, trained_answers, write_expected
+    from environment import arguments, python_of, report, run_inside, trained_answers, write_expected
 
     from grace.export.pack import export_run
 
+    args = arguments(__doc__)
     after = [*TORCH, *GPTQMODEL]
-    python = python_of("awq", AUTOAWQ, args.folder or DEFAULT_FOLDER, ["--no-deps"], after)
+    python = python_of("awq", AUTOAWQ, args.folder, ["--no-deps"], after)
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
         source, ours = trained_answers(args.run, args.records, scratch)

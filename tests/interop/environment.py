@@ -4,6 +4,7 @@ A driver (run by GRACE's own Python) exports a run, writes the trained model's a
 its other half under the Python of an environment that has never heard of GRACE.
 """
 
+import argparse
 import dataclasses
 import json
 import os
@@ -16,6 +17,17 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 DEFAULT_FOLDER = Path.home() / ".cache" / "grace-interop"
+
+
+def arguments(description: str | None) -> argparse.Namespace:
+    """A driver's: the run, how many of its records, and the folder of environments."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--records", type=int, default=8)
+    parser.add_argument("--folder", type=Path, default=DEFAULT_FOLDER, help="where environments are kept")
+    return parser.parse_args()
 
 
 def python_of(

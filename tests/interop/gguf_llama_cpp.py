@@ -12,7 +12,6 @@ names, rotation, deepstack or preprocessing, and must be rounding only.
 Prints a table and, last, one line of JSON; exits with 1 where a bound is missed.
 """
 
-import argparse
 import ctypes
 import json
 import re
@@ -30,18 +29,12 @@ MAX_TOKENS = 16
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("run", type=Path)
-    parser.add_argument("--records", type=int, default=8)
-    parser.add_argument("--folder", type=Path, help="where environments are kept")
-    args = parser.parse_args()
-    from environment import DEFAULT_FOLDER, python_of, report, run_inside, trained_answers
+    from environment import arguments, python_of, report, run_inside, trained_answers
 
     from grace.export.pack import export_run
 
-    python = python_of("llama-cpp", PACKAGES, args.folder or DEFAULT_FOLDER)
+    args = arguments(__doc__)
+    python = python_of("llama-cpp", PACKAGES, args.folder)
     with tempfile.TemporaryDirectory() as name:
         source, ours = trained_answers(args.run, args.records, Path(name))
         export = Path(name) / "deployed"

@@ -8,7 +8,6 @@ It is asked as it comes, in bfloat16, whose rounding is in the figures, and once
 widened to float32. Prints a table and, last, one line of JSON; exits with 1 where a bound is missed.
 """
 
-import argparse
 import json
 import sys
 import tempfile
@@ -21,18 +20,12 @@ MAX_TOKENS = 16
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("run", type=Path)
-    parser.add_argument("--records", type=int, default=8)
-    parser.add_argument("--folder", type=Path, help="where environments are kept")
-    args = parser.parse_args()
-    from environment import DEFAULT_FOLDER, python_of, report, run_inside, trained_answers, write_expected
+    from environment import arguments, python_of, report, run_inside, trained_answers, write_expected
 
     from grace.export.pack import export_run
 
-    python = python_of("mlx", PACKAGES, args.folder or DEFAULT_FOLDER)
+    args = arguments(__doc__)
+    python = python_of("mlx", PACKAGES, args.folder)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         source, ours = trained_answers(args.run, args.records, folder)
