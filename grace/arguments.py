@@ -1,11 +1,14 @@
-"""Building blocks of the `grace` command's argument parsers."""
+"""Arguments of the commands: what `grace` and the modules that launchers start declare alike."""
 
 import argparse
 import math
 import re
 from collections.abc import Callable
+from pathlib import Path
 
 from grace.errors import Parser
+
+RECORDS_PER_SHARD = 512  # of a teacher cache
 
 
 def add(
@@ -24,6 +27,39 @@ def add(
 
 def add_json(parser: Parser) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+
+
+def add_recipe(parser: Parser, help: str = "a YAML recipe") -> None:
+    """RECIPE and the fields that override it; the parser's `rest` is "overrides"."""
+    parser.add_argument("recipe", metavar="RECIPE", help=help)
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="section.key=value", help="fields to override"
+    )
+
+
+def add_train(parser: Parser) -> None:
+    """Of `grace train` and `grace.train`."""
+    add_recipe(parser)
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the plan and stop; needs no weights or data"
+    )
+    parser.add_argument(
+        "--allow-changed", action="append", default=[], metavar="section.key",
+        help="go on with an interrupted run although this field has changed",
+    )  # fmt: skip
+
+
+def add_teacher_cache(parser: Parser) -> None:
+    """Of `grace teacher-cache` and `grace.teacher_cache`."""
+    add_recipe(parser, "a YAML recipe with a teacher")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="the cache: new, or to go on with"
+    )
+    parser.add_argument(
+        "--records-per-shard", type=integer(1), default=RECORDS_PER_SHARD, metavar="N",
+        help="what a kill costs at most; default: %(default)s",
+    )  # fmt: skip
+    add_json(parser)
 
 
 def integer(low: int) -> Callable[[str], int]:

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from grace import __version__
-from grace.cli_args import add as _add
-from grace.cli_args import add_json as _add_json
-from grace.cli_args import byte_size, integer, number
+from grace.arguments import add as _add
+from grace.arguments import add_json as _add_json
+from grace.arguments import add_teacher_cache, add_train, byte_size, integer, number
 from grace.cli_data import add_data
 from grace.errors import Parser, UserError, run_command
 
@@ -76,18 +76,7 @@ def _add_demo(commands: "argparse._SubParsersAction[Parser]") -> None:
 
 def _add_train(commands: "argparse._SubParsersAction[Parser]") -> None:
     summary = "Train a student by a recipe (several devices: accelerate launch -m grace.train)."
-    parser = _add(commands, "train", summary, _train, "train", rest="overrides")
-    parser.add_argument("recipe", metavar="RECIPE", help="a YAML recipe")
-    parser.add_argument(
-        "overrides", nargs="*", default=[], metavar="section.key=value", help="fields to override"
-    )
-    parser.add_argument(
-        "--dry-run", action="store_true", help="print the plan and stop; needs no weights or data"
-    )
-    parser.add_argument(
-        "--allow-changed", action="append", default=[], metavar="section.key",
-        help="go on with an interrupted run although this field has changed",
-    )  # fmt: skip
+    add_train(_add(commands, "train", summary, _train, "train", rest="overrides"))
 
 
 def _add_report(commands: "argparse._SubParsersAction[Parser]") -> None:
@@ -102,19 +91,7 @@ def _add_report(commands: "argparse._SubParsersAction[Parser]") -> None:
 
 def _add_teacher_cache(commands: "argparse._SubParsersAction[Parser]") -> None:
     summary = "Compute a recipe's teacher once (several devices: accelerate launch -m grace.teacher_cache)."
-    parser = _add(commands, "teacher-cache", summary, _teacher_cache, "train", rest="overrides")
-    parser.add_argument("recipe", metavar="RECIPE", help="a YAML recipe with a teacher")
-    parser.add_argument(
-        "overrides", nargs="*", default=[], metavar="section.key=value", help="fields to override"
-    )
-    parser.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="the cache: new, or to go on with"
-    )
-    parser.add_argument(
-        "--records-per-shard", type=integer(1), default=512, metavar="N",
-        help="what a kill costs at most; default: %(default)s",
-    )  # fmt: skip
-    _add_json(parser)
+    add_teacher_cache(_add(commands, "teacher-cache", summary, _teacher_cache, "train", rest="overrides"))
 
 
 def _add_export(commands: "argparse._SubParsersAction[Parser]") -> None:

@@ -5,7 +5,7 @@ import json
 import sys
 from pathlib import Path
 
-from grace.cli_args import add, add_json, integer, split_sizes
+from grace.arguments import add, add_json, add_recipe, integer, split_sizes
 from grace.errors import Parser, UserError
 from grace.progress import progress
 
@@ -21,7 +21,7 @@ def add_data(commands: "argparse._SubParsersAction[Parser]") -> None:
 def _add_audit(commands: "argparse._SubParsersAction[Parser]") -> None:
     summary = "Check every record and picture of a recipe before training."
     parser = add(commands, "audit", summary, _audit, rest="overrides")
-    _add_recipe(parser)
+    add_recipe(parser)
     parser.add_argument(
         "--out",
         metavar="FILE|DIR",
@@ -39,18 +39,11 @@ def _add_audit(commands: "argparse._SubParsersAction[Parser]") -> None:
 def _add_stats(commands: "argparse._SubParsersAction[Parser]") -> None:
     summary = "Show lengths, sources and turns of a recipe's records."
     parser = add(commands, "stats", summary, _stats, rest="overrides")
-    _add_recipe(parser)
+    add_recipe(parser)
     parser.add_argument(
         "--workers", type=integer(1), metavar="N", help="processes; default: as many as it is worth"
     )
     add_json(parser)
-
-
-def _add_recipe(parser: Parser) -> None:
-    parser.add_argument("recipe", metavar="RECIPE", help="a YAML recipe")
-    parser.add_argument(
-        "overrides", nargs="*", default=[], metavar="section.key=value", help="fields to override"
-    )
 
 
 def _add_download(commands: "argparse._SubParsersAction[Parser]") -> None:

@@ -5,6 +5,7 @@ process of a run and every start of it comes to the same records.
 """
 
 import functools
+import functools
 import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -34,6 +35,7 @@ class RunData:
     validation: Sequence[Record]
     left_out: Mapping[str, int]
 
+    @functools.cached_property
     def digest(self) -> str:
         """SHA-256 over the texts of all records, in order."""
         keys = b"".join((*text_keys(self.records), *text_keys(self.validation)))
@@ -104,7 +106,7 @@ def require_same_on_all_ranks(data: RunData, accelerator: Accelerator) -> None:
     """
     if accelerator.num_processes == 1:
         return
-    if len(set(gather_object([data.digest()]))) > 1:
+    if len(set(gather_object([data.digest]))) > 1:
         raise UserError(
             "the processes read different records: give all of them the same data and audit files"
         )

@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.progress import track
 from torch.utils.data import DataLoader, Dataset
 
+from grace.arguments import RECORDS_PER_SHARD, add_teacher_cache
 from grace.cache_settings import cache_settings, refuse_other_settings
 from grace.config import Recipe, load_recipe
 from grace.data.batch import Batch, collate
@@ -53,23 +54,13 @@ from grace.run import placed_teacher, require_same_tokenizer
 from grace.run_data import load_run_data, taken_in_run
 from grace.step import NonFiniteLoss, teacher_outputs
 
-RECORDS_PER_SHARD = 512
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line of `grace teacher-cache`; returns the process exit code."""
     parser = Parser(
         prog="grace teacher-cache", description="Compute a recipe's teacher once.", rest="overrides"
     )
-    parser.add_argument("recipe", metavar="RECIPE", help="a YAML recipe with a teacher")
-    parser.add_argument(
-        "overrides", nargs="*", default=[], metavar="section.key=value", help="fields to override"
-    )
-    parser.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="the cache: new, or to go on with"
-    )
-    parser.add_argument("--records-per-shard", type=int, default=RECORDS_PER_SHARD, metavar="N")
-    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    add_teacher_cache(parser)
     args = parser.parse_args(argv)
 
     def command() -> int:
@@ -110,10 +101,11 @@ def fill_cache(
         accelerator.wait_for_everyone()
         cache = TeacherCache(out)
         # As many stretches at a time as there are processes, then one line in the index for each.
-        stretches = [records[i : i + records_per_shard] for i in range(0, len(records), records_per_shard)]
+        starts = range(0, len(records), records_per_shard)
+        stretches = [range(start, min(start + records_per_shard, len(records))) for start in starts]
         rounds = math.ceil(len(stretches) / accelerator.num_processes)
         mine = stretches[accelerator.process_index :: accelerator.num_processes]
-        loader = load(recipe, mine, processor, cache)
+        loader = load(recipe, records, mine, processor, cache)
         teacher, index = (
             placed_teacher(recipe.teacher, accelerator.device, accelerator.num_processes),
             cache.index,
@@ -195,23 +187,22 @@ class MissingRecords(Dataset):
 
 
 def load(
-    recipe: Recipe, stretches: Sequence[Sequence[Record]], processor: Any, cache: TeacherCache
+    recipe: Recipe, records: Sequence[Record], stretches: Sequence[range], processor: Any, cache: TeacherCache
 ) -> Iterator[Iterator[TeacherInputs]]:
-    """The inputs of one stretch after the other, alike lengths together."""
+    """The inputs of one stretch of records after the other, alike lengths together; no stretch is read ahead of time."""
     size = recipe.teacher.micro_batch_size or recipe.run.micro_batch_size
-    records = [record for stretch in stretches for record in sorted(stretch, key=text_length)]
-    batches, counts, at = [], [], 0
-    for stretch in stretches:
-        starts = range(at, at + len(stretch), size)
-        batches += [list(range(i, min(i + size, at + len(stretch)))) for i in starts]
-        counts.append(len(starts))
-        at += len(stretch)
+
+    def batches() -> Iterator[list[int]]:
+        for stretch in stretches:
+            order = sorted(stretch, key=lambda i: text_length(records[i]))
+            yield from (order[i : i + size] for i in range(0, len(order), size))
+
     loader = iter(DataLoader(
-        MissingRecords(recipe, records, processor, cache), batch_size=None, sampler=batches,  # type: ignore[arg-type]
+        MissingRecords(recipe, records, processor, cache), batch_size=None, sampler=batches(),  # type: ignore[arg-type]
         num_workers=recipe.data.num_workers,
     ))  # fmt: skip
-    for count in counts:
-        yield usable(itertools.islice(loader, count))
+    for stretch in stretches:
+        yield usable(itertools.islice(loader, math.ceil(len(stretch) / size)))
 
 
 def usable(items: Iterator[TeacherInputs | UserError | None]) -> Iterator[TeacherInputs]:

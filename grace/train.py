@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from grace.arguments import add_train
 from grace.cache_settings import open_cache
 from grace.checkpoint_saver import CheckpointSaver
 from grace.config import Recipe, load_recipe
@@ -51,17 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command line of `grace.train`; returns the process exit code."""
     description = __doc__.splitlines()[0] if __doc__ else None
     parser = Parser(prog="grace.train", description=description, rest="overrides")
-    parser.add_argument("recipe", help="a YAML recipe")
-    parser.add_argument(
-        "overrides", nargs="*", default=[], metavar="section.key=value", help="fields to override"
-    )
-    parser.add_argument(
-        "--dry-run", action="store_true", help="print the plan and stop; needs no weights or data"
-    )
-    parser.add_argument(
-        "--allow-changed", action="append", default=[], metavar="section.key",
-        help="go on with an interrupted run although this field has changed",
-    )  # fmt: skip
+    add_train(parser)
     args = parser.parse_args(argv)
 
     def command() -> int:
@@ -109,7 +100,7 @@ def train(recipe: Recipe, allow_changed: Sequence[str] = ()) -> Path:
         cache = open_cache(recipe, processor, records) if cached else None
         steps = total_steps(recipe, mixture_of(records).epoch)
         run = set_up(recipe, accelerator, processor.tokenizer, steps, cache)
-        run.records = data.digest()
+        run.records = data.digest
         tracker = Tracker(
             run_dir, run.total_steps, recipe.run.log_every, accelerator.is_main_process,
             HISTOGRAM_EDGES, run.watch.peak,
