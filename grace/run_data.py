@@ -5,7 +5,6 @@ process of a run and every start of it comes to the same records.
 """
 
 import functools
-import functools
 import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
