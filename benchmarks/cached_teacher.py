@@ -29,7 +29,8 @@ from grace.config import Recipe, load_recipe
 from grace.data.records import load_records
 from grace.data.small_world import write_small_world
 from grace.models.processor import load_processor
-from grace.run import make_accelerator, set_up
+from grace.parallel import make_accelerator
+from grace.run import set_up
 from grace.step import Weights, forward_backward
 from grace.step_inputs import StepBatches
 from grace.teacher_cache import fill_cache
@@ -52,10 +53,10 @@ def gradients(recipe: Recipe, weights: Weights) -> Tensor:
     processor = load_processor(recipe.student.path)
     records = load_records(recipe.data.path)
     cache = open_cache(recipe, processor, records) if recipe.teacher.cache else None
-    run = set_up(recipe, make_accelerator(recipe), processor.tokenizer, 1, cache)
+    run = set_up(recipe, make_accelerator(), processor.tokenizer, 1, cache)
     inputs = StepBatches(run, records, processor).inputs(0)
     signals, head_VE = teacher_side(run, inputs)
-    forward_backward(run.accelerator, run.student, inputs.student, signals, weights, "gdkd", head_VE)
+    forward_backward(run.parallel, inputs.student, signals, weights, "gdkd", head_VE)
     found = [p.grad.flatten() for p in run.model.parameters() if p.grad is not None]
     return torch.cat(found).double()
 
@@ -154,7 +155,7 @@ def main() -> None:
         sizes = {"qat_train": 2000, "test": 6000}
         write_small_world(args.work / "data", 0, sizes)
     recipe = recipe_for(args.work, "cache", None, f"teacher.cache_top_k={max(args.k)}")
-    cache = fill_cache(recipe, args.work / "cache", make_accelerator(recipe))
+    cache = fill_cache(recipe, args.work / "cache", make_accelerator())
     PartialState()
     if args.speed:
         report(
