@@ -11,7 +11,9 @@ from typing import Any
 import yaml
 
 from grace.export.card_texts import FORMAT_TEXT, LIBRARY, LIMITS, LOAD
-from grace.export.source import Source
+from grace.export.contents import OWN, Source
+from grace.export.provenance import KIND_NAMES
+from grace.export.reference_qat import KIND as REFERENCE_QAT
 from grace.recipe_parts import paths_of
 
 _LICENSE = "apache-2.0"  # that of Qwen3-VL and of GRACE
@@ -28,8 +30,9 @@ def model_card(source: Source, format_name: str, parity: Mapping[str, Any]) -> s
     """
     qat = source.qat
     base = str(qat.info.get("base_model") or "")
+    license = _LICENSE if source.kind == OWN else qat.info.get("license")
     front: dict[str, Any] = {
-        "license": _LICENSE,
+        **({"license": license} if license else {}),
         "library_name": LIBRARY[format_name],
         "pipeline_tag": "image-text-to-text",
         "tags": [
@@ -45,23 +48,62 @@ def model_card(source: Source, format_name: str, parity: Mapping[str, Any]) -> s
         front["base_model_relation"] = "quantized"
     sections = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
-        f"# {PurePath(base).name or 'Qwen3-VL'}, GRACE W{qat.bits}G{qat.group_size}",
-        "A vision-language model distilled at its deployed precision: every linear of the decoder "
-        f"({len(qat.modules)} modules) was trained as {qat.bits}-bit codes in groups of {qat.group_size}. "
-        "The vision tower, "
-        f"embeddings and norms are not quantized.\n\n{FORMAT_TEXT[format_name]}",
+        f"# {title(source, base)}",
+        f"{_about(source)}\n\n{FORMAT_TEXT[format_name]}",
         "## How to load\n\n" + LOAD[format_name].replace("TYPE", f"Q{qat.bits}_0"),
-        _training(source, base),
-        _metrics(qat.info.get("metrics")),
+        *_origin(source, base),
         _parity(parity),
         "## Limitations\n\nIt inherits the limits and biases of its base model and teacher, may describe "
         "what is not in a picture, and was measured only as listed above. The parity figures compare it with "
-        "the model that was trained, "
+        f"{'the model that was trained' if source.kind == OWN else 'what it was made from'}, "
         f"not with the full-precision one. {LIMITS[format_name]}",
-        "## Citation\n\nThe method: GRACE, arXiv:2601.22709."
-        + (" The weight format: AWQ, arXiv:2306.00978." if format_name == "awq" else ""),
+        *_citation(source, format_name),
     ]
     return "\n\n".join(section.rstrip() for section in sections) + "\n"
+
+
+def title(source: Source, base: str) -> str:
+    """What the card is called; `grace.export.provenance` reads it back."""
+    name = PurePath(base).name or ("Qwen3-VL" if _by_grace(source) else source.directory.name)
+    method = "GRACE " if _by_grace(source) else ""
+    return f"{name}, {method}W{source.qat.bits}G{source.qat.group_size}"
+
+
+def _by_grace(source: Source) -> bool:
+    """Whether the model was trained by this method: by us, exported by us, or by the public code."""
+    return source.kind in (OWN, REFERENCE_QAT) or bool(source.qat.info.get("sections"))
+
+
+def _about(source: Source) -> str:
+    bits, groups, count = source.qat.bits, source.qat.group_size, len(source.qat.modules)
+    rest = "The vision tower, embeddings and norms are not quantized."
+    if _by_grace(source):
+        return (
+            f"A vision-language model distilled at its deployed precision: every linear of the decoder ({count} "
+            f"modules) was trained as {bits}-bit codes in groups of {groups}. {rest}"
+        )
+    zeros = "" if source.symmetric else ", with zero points"
+    return (
+        f"A vision-language model whose decoder's linears ({count} modules) are {bits}-bit codes in groups of "
+        f"{groups}{zeros}, taken over as another tool quantized them. {rest}"
+    )
+
+
+def _origin(source: Source, base: str) -> list[str]:
+    """Of a run what it was trained on; of anything else what it was made from, and what that said of itself."""
+    if source.kind == OWN:
+        return [_training(source, base), _metrics(source.qat.info.get("metrics"))]
+    made = (
+        f"## Source\n\nConverted from {KIND_NAMES[source.kind]}, `{source.directory.name}`: the same integer codes, "
+        "nothing was quantized again."
+    )
+    return [made, *source.qat.info.get("sections", [])]
+
+
+def _citation(source: Source, format_name: str) -> list[str]:
+    method = ["The method: GRACE, arXiv:2601.22709."] if _by_grace(source) else []
+    layout = ["The weight format: AWQ, arXiv:2306.00978."] if format_name == "awq" else []
+    return [f"## Citation\n\n{' '.join([*method, *layout])}"] if method or layout else []
 
 
 def _training(source: Source, base: str) -> str:
@@ -104,11 +146,22 @@ def _metrics(metrics: Any) -> str:
 
 def _parity(figures: Mapping[str, Any]) -> str:
     """The gate's figures as a table."""
-    rows = [("codes and scales equal to the trained ones", "bit for bit")]
+    rounded = figures.get("scale_rounding")
+    rows = [("codes and scales equal to those of the source", "bit for bit")]
+    if rounded:
+        largest = f"{rounded['largest_relative']:.1e}"
+        rows = [
+            ("codes equal to those of the source", "bit for bit"),
+            ("float32 scales, to the nearest that the format has", f"within {largest} of themselves"),
+        ]
+    if rounded and "logits_relative" in rounded:
+        rows.append(
+            ("which moves logits, largest difference / largest logit", f"{rounded['logits_relative']:.1e}")
+        )
     if "exact" in figures:
         exact, fp32 = figures["exact"], figures["exact_greedy"]
         rows += [
-            ("dense tensors equal to the trained ones, as bfloat16", "bit for bit"),
+            ("dense tensors equal to those of the source", "bit for bit"),
             ("positions compared", f"{figures['positions']} in {figures['records']} records"),
             ("fp32 logits, largest difference / largest logit", f"{exact['relative']:.1e}"),
             ("fp32 greedy answers identical", f"{fp32['identical']} of {fp32['records']}"),
@@ -126,7 +179,7 @@ def _parity(figures: Mapping[str, Any]) -> str:
             ("largest logit gap where tokens differ", f"{max(gaps):.3g}" if gaps else "they do not"),
         ]
     table = [f"| {name} | {value} |" for name, value in rows]
-    return "\n".join(["## Parity with the trained model", "", "| figure | value |", "| --- | ---: |", *table])
+    return "\n".join(["## Parity with the source", "", "| figure | value |", "| --- | ---: |", *table])
 
 
 def _number(value: Any) -> str:
