@@ -10,8 +10,8 @@ from typing import Any
 
 import yaml
 
-from grace.export.card_texts import FORMAT_TEXT, LIBRARY, LIMITS, LOAD
-from grace.export.contents import OWN, Source
+from grace.export.card_texts import CONVERTED_TEXT, FORMAT_TEXT, LIBRARY, LIMITS, LOAD
+from grace.export.contents import Source
 from grace.export.provenance import KIND_NAMES
 from grace.export.reference_qat import KIND as REFERENCE_QAT
 from grace.recipe_parts import paths_of
@@ -30,13 +30,13 @@ def model_card(source: Source, format_name: str, parity: Mapping[str, Any]) -> s
     """
     qat = source.qat
     base = str(qat.info.get("base_model") or "")
-    license = _LICENSE if source.kind == OWN else qat.info.get("license")
+    license = _LICENSE if source.trained else qat.info.get("license")
     front: dict[str, Any] = {
         **({"license": license} if license else {}),
         "library_name": LIBRARY[format_name],
         "pipeline_tag": "image-text-to-text",
         "tags": [
-            "grace",
+            *(["grace"] if _by_grace(source) else []),
             "qwen3_vl",
             "quantization",
             "int4" if qat.bits == 4 else f"int{qat.bits}",
@@ -49,13 +49,13 @@ def model_card(source: Source, format_name: str, parity: Mapping[str, Any]) -> s
     sections = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
         f"# {title(source, base)}",
-        f"{_about(source)}\n\n{FORMAT_TEXT[format_name]}",
+        f"{_about(source)}\n\n{_format_text(source, format_name, parity)}",
         "## How to load\n\n" + LOAD[format_name].replace("TYPE", f"Q{qat.bits}_0"),
         *_origin(source, base),
         _parity(parity),
         "## Limitations\n\nIt inherits the limits and biases of its base model and teacher, may describe "
         "what is not in a picture, and was measured only as listed above. The parity figures compare it with "
-        f"{'the model that was trained' if source.kind == OWN else 'what it was made from'}, "
+        f"{'the model that was trained' if source.trained else 'what it was made from'}, "
         f"not with the full-precision one. {LIMITS[format_name]}",
         *_citation(source, format_name),
     ]
@@ -71,7 +71,7 @@ def title(source: Source, base: str) -> str:
 
 def _by_grace(source: Source) -> bool:
     """Whether the model was trained by this method: by us, exported by us, or by the public code."""
-    return source.kind in (OWN, REFERENCE_QAT) or bool(source.qat.info.get("sections"))
+    return source.trained or source.kind == REFERENCE_QAT or bool(source.qat.info.get("sections"))
 
 
 def _about(source: Source) -> str:
@@ -89,9 +89,17 @@ def _about(source: Source) -> str:
     )
 
 
+def _format_text(source: Source, format_name: str, parity: Mapping[str, Any]) -> str:
+    if source.trained:
+        return FORMAT_TEXT[format_name]
+    rounded = "scale_rounding" in parity
+    scales = "scales rounded once, to the nearest that the format has" if rounded else "scales"
+    return CONVERTED_TEXT[format_name].replace("SCALES", scales)
+
+
 def _origin(source: Source, base: str) -> list[str]:
     """Of a run what it was trained on; of anything else what it was made from, and what that said of itself."""
-    if source.kind == OWN:
+    if source.trained:
         return [_training(source, base), _metrics(source.qat.info.get("metrics"))]
     made = (
         f"## Source\n\nConverted from {KIND_NAMES[source.kind]}, `{source.directory.name}`: the same integer codes, "

@@ -20,7 +20,7 @@ from grace.data.faults import Policies
 from grace.data.records import Record, load_records
 from grace.errors import UserError
 from grace.export import awq, compressed_tensors, mlx, parity, qat
-from grace.export.contents import OWN, Source
+from grace.export.contents import Source
 from grace.export.fit import fitted
 from grace.export.model_card import model_card
 from grace.export.probe import probe_records
@@ -174,12 +174,10 @@ def parity_records(
     Raises:
         UserError: none can be had; says how to name others.
     """
-    if given is None and source.kind != OWN:
+    data = source.recipe.get("data") or {}
+    if given is None and not data.get("path"):
         given = probe_records(scraps)
     if given is None:
-        data = source.recipe.get("data") or {}
-        if not data.get("path"):
-            raise UserError(f"{source.directory} does not name its data: pass --parity-data FILE.json")
         files = paths_of(data["path"])
         path = data.get("validation_path") or files[0]
         root = image_root or data.get("image_root")

@@ -78,7 +78,7 @@ def _write_converted(source: Source, directory: Path, max_shard_bytes: int | Non
         file = directory / QAT_FOLDER / QAT_TENSORS
         write_safetensors(file, state, {"format": "pt"})
     info = {
-        "base_model": source.qat.info.get("base_model"),
+        **{key: source.qat.info.get(key) for key in ("base_model", "license", "sections")},
         "converted_from": source.kind,
         "format_version": FORMAT_VERSION,
         "bits": source.qat.bits,

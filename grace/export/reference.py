@@ -16,7 +16,7 @@ from grace.data.batch import collate
 from grace.data.records import Record, open_image
 from grace.data.template import Sample, encode, encode_prompt
 from grace.distill.teacher import supervised
-from grace.export.contents import OWN, Source
+from grace.export.contents import Source
 from grace.export.directory import dense_names
 from grace.models import qwen3vl
 from grace.models.processor import load_processor
@@ -71,7 +71,7 @@ class Reference:
 
     def model(self, dtype: torch.dtype) -> Any:
         """The source as a model."""
-        if self.source.kind != OWN:
+        if not self.source.trained:
             return model_of(self.source, dtype)
         model = load_model(self.source.directory, dtype)
         if dtype == torch.float32:
