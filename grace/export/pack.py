@@ -94,6 +94,7 @@ def export_run(
             reference = Reference(
                 opened, parity_records(opened, validation_records, image_root, Path(scraps))
             )
+        qat.require_consistent(opened)
         with new_directory(out) as scratch:
             for name, module in writers.items():
                 directory, final = (scratch, out) if len(formats) == 1 else (scratch / name, out / name)
