@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from grace.checked_files import damage_of, read_json, shown
+from grace.checked_files import DamagedFile, read_json, shown
 from grace.errors import UserError
 
 MODEL_TYPE = "qwen3_vl"
@@ -32,8 +32,12 @@ def read_config(directory: Path) -> dict[str, Any]:
     Raises:
         UserError: none, not one, of another model, or of impossible sizes.
     """
-    with damage_of(directory, "give a Qwen3-VL directory"):
+    try:
         stored = read_json(directory / "config.json")
+    except (OSError, DamagedFile) as error:
+        raise UserError(
+            f"{directory}/config.json cannot be read ({error}): give a Qwen3-VL directory"
+        ) from error
     require_possible(stored, directory)
     return stored
 
