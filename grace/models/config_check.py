@@ -46,8 +46,8 @@ def require_possible(stored: Mapping[str, Any], directory: Path) -> None:
     """Raises `UserError` unless this is a Qwen3-VL config whose sizes a model can have."""
     kind = stored.get("model_type")
     if kind != MODEL_TYPE:
-        known = shown(kind) if isinstance(kind, str) else "unknown"
-        raise UserError(f"{directory} holds a model of type {known}: GRACE knows Qwen3-VL ({MODEL_TYPE})")
+        what = f"a {shown(kind)[1:-1]} model" if isinstance(kind, str) else "a model of unknown type"
+        raise UserError(f"{directory} holds {what}: GRACE knows Qwen3-VL ({MODEL_TYPE})")
     for section, limits in _LIMITS.items():
         settings = stored.get(section, {})
         if not isinstance(settings, Mapping):

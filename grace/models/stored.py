@@ -112,7 +112,7 @@ def require_loadable(directory: Path) -> None:
         module = name.removesuffix(".weight")
         expected = {name: shape}
         if f"{module}.qweight" in stored and len(shape) == 2:  # an AWQ linear
-            groups = stored.get(f"{module}.scales", (0,))[0]
+            groups = (stored.get(f"{module}.scales") or (0,))[0]
             outputs, inputs = shape
             expected = {
                 f"{module}.qweight": (inputs, outputs // 8),
