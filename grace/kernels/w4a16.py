@@ -20,6 +20,7 @@ from grace.kernels.w4a16_tuning import Config, Problem, Table, bucket, candidate
 
 GROUP_SIZES = (32, 64, 128)
 DTYPES = (torch.bfloat16, torch.float16)
+_INSTALLED = importlib.util.find_spec("triton") is not None
 _NO_DEVICE_PROCESSORS = 4  # what the interpreter's settings are made for
 
 
@@ -34,7 +35,7 @@ def shape_obstacle(in_features: int, out_features: int, group_size: int) -> str 
 
 def device_obstacle(device: torch.device) -> str | None:
     """Why the kernels cannot run where the weights are, or None if they can."""
-    if importlib.util.find_spec("triton") is None:
+    if not _INSTALLED:
         return "triton is not installed: pip install triton"
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"the Triton kernels run on a CUDA device, the weights are on {device.type}"

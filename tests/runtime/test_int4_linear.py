@@ -75,10 +75,10 @@ def test_auto_goes_by_type_and_number_of_tokens():
     few, many = (
         torch.zeros(tokens, 256, dtype=torch.bfloat16) for tokens in (ATEN_MAX_TOKENS, ATEN_MAX_TOKENS + 1)
     )
-    assert layer.chosen_kernel(few) == "aten" and layer.chosen_kernel(many) == "dequant"
-    assert layer.chosen_kernel(few.view(2, -1, 256)) == "aten"
-    assert layer.chosen_kernel(few.float()) == layer.chosen_kernel(few.half()) == "dequant"
-    assert packed_layer(out_features=24).chosen_kernel(few) == "dequant"  # not a multiple of 16
+    assert layer.choice(few).kernel == "aten" and layer.choice(many).kernel == "dequant"
+    assert layer.choice(few.view(2, -1, 256)).kernel == "aten"
+    assert layer.choice(few.float()).kernel == layer.choice(few.half()).kernel == "dequant"
+    assert packed_layer(out_features=24).choice(few).kernel == "dequant"  # not a multiple of 16
 
 
 def test_the_chosen_kernel_is_the_one_that_runs(monkeypatch: pytest.MonkeyPatch):
