@@ -6,6 +6,7 @@ allocator only. Which settings a call takes depends on its shapes alone (`w4a16_
 Shape suffixes: T tokens, I input features, O output features, G groups along the input, W words (= O / 8).
 """
 
+import contextlib
 import functools
 import importlib.util
 import os
@@ -72,15 +73,14 @@ def matmul(
     Raises:
         ValueError: types, shapes or a device that the kernels do not take.
     """
-    _check(x_TI, qweight_IW, qzeros_GW, scales_GO, group_size, bias_O)
+    stored = (qweight_IW, qzeros_GW, scales_GO)
+    _check(x_TI, *stored, group_size, bias_O)
     from grace.kernels import w4a16_triton
 
-    stored = (qweight_IW, qzeros_GW, scales_GO)
-    config = config_for(x_TI, scales_GO.shape[1], group_size)
-    if x_TI.device.type != "cuda":
-        return w4a16_triton.matmul(x_TI, *stored, group_size, bias_O, config)
-    with torch.cuda.device(x_TI.device):  # Triton launches on the current one
-        return w4a16_triton.matmul(x_TI, *stored, group_size, bias_O, config)
+    with _on(x_TI.device):
+        return w4a16_triton.matmul(
+            x_TI, *stored, group_size, bias_O, config_for(x_TI, scales_GO.shape[1], group_size)
+        )
 
 
 @matmul.register_fake
@@ -93,6 +93,27 @@ def _(
     bias_O: Tensor | None = None,
 ) -> Tensor:
     return x_TI.new_empty(x_TI.shape[0], scales_GO.shape[1])
+
+
+def parts(x_TI: Tensor, qweight_IW: Tensor, qzeros_GW: Tensor, scales_GO: Tensor, group_size: int) -> Tensor:
+    """The product without a bias in parts of the input [P, T, O], not yet added up; see `w4a16_triton.parts`.
+
+    Raises:
+        ValueError: as `matmul`.
+    """
+    stored = (qweight_IW, qzeros_GW, scales_GO)
+    _check(x_TI, *stored, group_size, None)
+    from grace.kernels import w4a16_triton
+
+    with _on(x_TI.device):
+        return w4a16_triton.parts(
+            x_TI, *stored, group_size, None, config_for(x_TI, scales_GO.shape[1], group_size)
+        )
+
+
+def _on(device: torch.device) -> Any:
+    """Triton launches on the current device."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def _check(

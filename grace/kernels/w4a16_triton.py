@@ -179,54 +179,67 @@ def matmul(
     config: Config,
 ) -> Tensor:
     """x W + b [T, O] in the type of x, launched as `config` says; shapes and types are the caller's to check."""
+    parts_PTO = parts(x_TI, qweight_IW, qzeros_GW, scales_GO, group_size, bias_O, config)
+    splits, tokens, outputs = parts_PTO.shape
+    if splits == 1:
+        return parts_PTO[0].to(x_TI.dtype)
+    out = torch.empty(tokens, outputs, dtype=written(x_TI.dtype), device=x_TI.device)
+    bias = out if bias_O is None else bias_O.contiguous()
+    add: Any = _sum_kernel  # a launcher's keywords are unknown to a type checker
+    add[(triton.cdiv(tokens * outputs, SUM_BLOCK),)](
+        parts_PTO, bias, out, tokens * outputs, outputs,
+        SPLITS=splits, HAS_BIAS=bias_O is not None, BLOCK=SUM_BLOCK,
+    )  # fmt: skip
+    return out.to(x_TI.dtype)
+
+
+def parts(
+    x_TI: Tensor,
+    qweight_IW: Tensor,
+    qzeros_GW: Tensor,
+    scales_GO: Tensor,
+    group_size: int,
+    bias_O: Tensor | None,
+    config: Config,
+) -> Tensor:
+    """The product in parts of the input [P, T, O]: one, finished and in the type of x, or several in fp32.
+
+    Several lack the bias yet; whoever reads them next may add them up on the way, in order.
+    """
     x_TI = x_TI.contiguous()
     stored = [
         part if part.stride(-1) == 1 else part.contiguous() for part in (qweight_IW, qzeros_GW, scales_GO)
     ]
-    tokens, outputs = x_TI.shape[0], scales_GO.shape[1]
+    tokens, outputs, groups = x_TI.shape[0], scales_GO.shape[1], scales_GO.shape[0]
     if not tokens:
-        return x_TI.new_empty(0, outputs)
+        return x_TI.new_empty(1, 0, outputs)
     if config.way == "expand":
         weight_IO = expand(*stored, group_size, x_TI.dtype, config)
-        return x_TI @ weight_IO if bias_O is None else torch.addmm(bias_O.to(x_TI.dtype), x_TI, weight_IO)
-    groups = scales_GO.shape[0]
-    per_split = triton.cdiv(groups, config.splits)
-    out = torch.empty(tokens, outputs, dtype=written(x_TI.dtype), device=x_TI.device)
-    parts = out
-    if config.splits > 1:
-        parts = torch.empty(config.splits, tokens, outputs, dtype=torch.float32, device=x_TI.device)
-    bias = out if bias_O is None else bias_O.contiguous()
+        bias = None if bias_O is None else bias_O.to(x_TI.dtype)
+        return (x_TI @ weight_IO if bias is None else torch.addmm(bias, x_TI, weight_IO))[None]
+    dtype = torch.float32 if config.splits > 1 else written(x_TI.dtype)
+    out_PTO = torch.empty(config.splits, tokens, outputs, dtype=dtype, device=x_TI.device)
+    has_bias = bias_O is not None and config.splits == 1
+    bias = out_PTO if bias_O is None else bias_O.contiguous()
     blocks = triton.cdiv(outputs, PER_WORD * config.words)
     strides = [part.stride(0) for part in stored]
+    share = triton.cdiv(groups, config.splits)
     options: dict[str, Any] = {
-        "GROUP": group_size, "ROWS": config.rows, "WORDS": config.words, "num_warps": config.warps,
-        "num_stages": config.stages, "HAS_BIAS": bias_O is not None and config.splits == 1,
+        "GROUP": group_size, "ROWS": config.rows, "WORDS": config.words, "HAS_BIAS": has_bias,
+        "num_warps": config.warps, "num_stages": config.stages,
     }  # fmt: skip
     if config.way == "vector":
-        vector: Any = _vector_kernel  # a launcher's keywords are unknown to a type checker
+        vector: Any = _vector_kernel
         vector[(blocks, config.splits)](
-            x_TI, *stored, bias, parts, outputs, *strides, groups, per_split, ONE, **options
+            x_TI, *stored, bias, out_PTO, outputs, *strides, groups, share, ONE, **options
         )
     else:
         matrix: Any = _matrix_kernel
         matrix[(triton.cdiv(tokens, config.tokens), blocks, config.splits)](
-            x_TI, *stored, bias, parts, tokens, outputs, x_TI.stride(0), *strides, groups, per_split, ONE,
-            TOKENS=config.tokens, FP32=INTERPRETED or x_TI.dtype == torch.float32, **options,
+            x_TI, *stored, bias, out_PTO, tokens, outputs, x_TI.stride(0), *strides, groups, share, ONE,
+            TOKENS=config.tokens, FP32=INTERPRETED, **options,
         )  # fmt: skip
-    if config.splits > 1:
-        count = tokens * outputs
-        add: Any = _sum_kernel
-        add[(triton.cdiv(count, SUM_BLOCK),)](
-            parts,
-            bias,
-            out,
-            count,
-            outputs,
-            SPLITS=config.splits,
-            HAS_BIAS=bias_O is not None,
-            BLOCK=SUM_BLOCK,
-        )
-    return out.to(x_TI.dtype)
+    return out_PTO
 
 
 def expand(
