@@ -157,9 +157,8 @@ def config_for(x_TI: Tensor, outputs: int, group_size: int) -> Config:
 
 @functools.lru_cache(maxsize=4096)
 def _config(problem: Problem, device: torch.device) -> Config:
-    if device.type != "cuda":
-        return rule(problem, _NO_DEVICE_PROCESSORS)
-    return _table(device).get(problem) or rule(problem, _processors(device))
+    known = _table(device).get(problem) if device.type == "cuda" else None
+    return known or rule(problem, processors(device))
 
 
 @functools.cache
@@ -170,7 +169,10 @@ def _table(device: torch.device) -> Table:
     return Table(table_path(name, triton.__version__), name, triton.__version__)
 
 
-def _processors(device: torch.device) -> int:
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a CUDA device; what the interpreter's settings are made for elsewhere."""
+    if device.type != "cuda":
+        return _NO_DEVICE_PROCESSORS
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
@@ -178,18 +180,22 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def is_tuned(
+    inputs: int, outputs: int, group_size: int, tokens: int, dtype: torch.dtype, device: torch.device
+) -> bool:
+    """Whether a CUDA device's table holds a shape."""
+    problem = Problem(bucket(tokens), inputs, outputs, group_size, _name(dtype))
+    return _table(device).get(problem) is not None
+
+
 def tune(
     inputs: int, outputs: int, group_size: int, tokens: int, dtype: torch.dtype, device: torch.device
-) -> Config:
-    """The fastest settings of a shape on a CUDA device: from its table, else timed now and written there.
+) -> tuple[Config, float]:
+    """Times the settings of a shape on a CUDA device and writes the fastest to its table; returns it and its seconds.
 
     Timed on weights that come from memory, in a captured graph (`cuda_timing`). Never call it while one is captured.
     """
     problem = Problem(bucket(tokens), inputs, outputs, group_size, _name(dtype))
-    table = _table(device)
-    known = table.get(problem)
-    if known:
-        return known
     from triton.runtime.errors import OutOfResources
 
     from grace.kernels import w4a16_triton
@@ -206,10 +212,10 @@ def tune(
             return float("inf")
 
     with torch.cuda.device(device):
-        config, best = fastest(candidates(problem, _processors(device)), seconds)
-    table.put(problem, config, best)
+        config, best = fastest(candidates(problem, processors(device)), seconds)
+    _table(device).put(problem, config, best)
     _config.cache_clear()
-    return config
+    return config, best
 
 
 def _operands(problem: Problem, dtype: torch.dtype, device: torch.device) -> list[tuple[Tensor, ...]]:

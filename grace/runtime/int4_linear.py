@@ -127,6 +127,12 @@ class Int4Linear(nn.Module):
         self._prepared.clear()
         return self
 
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """Tensors of their own, also where they are columns of a wider layer (`grace.runtime.joined`)."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in ("qweight", "qzeros", "scales"):
+            destination[prefix + name] = destination[prefix + name].contiguous()
+
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self._prepared.clear()
