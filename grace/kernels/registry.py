@@ -6,7 +6,7 @@ layer's shape and the activations' device, type and number, and says why.
 Shape suffixes: M tokens, I input features, O output features, G groups along the input, W words (= O / 8).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -149,3 +149,18 @@ def describe(shape: Shape, kernel: str, device: torch.device) -> str:
         return f"dequantize + dense ({obstacle or f'no fused kernel for {device.type}'})"
     dense = "bfloat16" if dequant.cpu_multiplies_bfloat16() else "float32"
     return f"ATen int4 up to {ATEN_MAX_TOKENS} bfloat16 tokens, else dequantize + dense {dense}"
+
+
+def classes(described: Iterable[tuple[str, str]]) -> list[tuple[str, int, str]]:
+    """Layers grouped by what they run.
+
+    Args:
+        described: full name and text of each layer.
+
+    Returns:
+        (names without their place in the model, how many layers, the text) of each group.
+    """
+    found: dict[str, list[str]] = {}
+    for name, text in described:
+        found.setdefault(text, []).append(name.rpartition(".")[2])
+    return [(", ".join(dict.fromkeys(names)), len(names), text) for text, names in found.items()]

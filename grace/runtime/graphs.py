@@ -156,6 +156,13 @@ class GraphDecoder(Decoder):
         return 1 << (most.bit_length() - 1)
 
 
+def decoder_for(model: Any, rows: int, context: int) -> Decoder:
+    """A decoder of replayed graphs where the model is on CUDA and triton is installed, else a plain one."""
+    device = next(model.parameters()).device
+    usable = device.type == "cuda" and w4a16.device_obstacle(device) is None
+    return GraphDecoder(model, rows, context) if usable else Decoder(model, rows, context)
+
+
 def tune(decoder: GraphDecoder, report: Callable[[str], None]) -> None:
     """Times the Triton settings of every packed shape that a decoder meets, where the device's table lacks them.
 
@@ -166,7 +173,8 @@ def tune(decoder: GraphDecoder, report: Callable[[str], None]) -> None:
               for linear in (layer.qkv, layer.output, layer.gate_up, layer.down)]  # fmt: skip
     device, dtype = decoder.device, decoder.dtype
     sizes = dict.fromkeys(bucket(tokens) for tokens in [*decoder.buckets(), *PREFILL_TOKENS])
-    for shape in dict.fromkeys(layer.shape for layer in layers if isinstance(layer, Int4Linear)):
+    packed_layers = [layer for layer in layers if isinstance(layer, Int4Linear)]
+    for shape in dict.fromkeys(layer.shape for layer in packed_layers if layer.kernel in ("auto", "triton")):
         for tokens in sizes:
             if w4a16.is_tuned(*shape, tokens, dtype, device):
                 continue

@@ -24,7 +24,6 @@ __all__ = [
     "Int4Linear",
     "describe_kernels",
     "int4_linears",
-    "kernel_classes",
     "set_kernel",
 ]
 
@@ -169,18 +168,12 @@ def set_kernel(model: nn.Module, kernel: str) -> None:
             ) from error
 
 
-def kernel_classes(model: nn.Module) -> list[tuple[str, int, str]]:
-    """Which kernels the packed layers use: (names of the layers without their place, how many, the kernel and why)."""
-    found: dict[str, list[str]] = {}
-    for name, layer in int4_linears(model).items():
-        text = registry.describe(layer.shape, layer.kernel, layer.qweight.device)
-        found.setdefault(text, []).append(name.rpartition(".")[2])
-    return [(", ".join(dict.fromkeys(names)), len(names), text) for text, names in found.items()]
-
-
 def describe_kernels(model: nn.Module) -> str:
     """One line for people: which kernels the packed layers use, and which of them where they differ."""
-    classes = kernel_classes(model)
+    classes = registry.classes(
+        (name, registry.describe(layer.shape, layer.kernel, layer.qweight.device))
+        for name, layer in int4_linears(model).items()
+    )
     if not classes:
         return "dense layers only"
     if len(classes) == 1:

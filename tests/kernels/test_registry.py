@@ -57,6 +57,11 @@ def test_described_for_people(monkeypatch: pytest.MonkeyPatch):
     assert describe(SHAPE, "reference", CUDA) == "reference"
 
 
+def test_classes_of_layers():
+    described = [("a.0.q", "fused"), ("a.0.k", "dense"), ("a.1.q", "fused"), ("a.1.o", "fused")]
+    assert registry.classes(described) == [("q, o", 3, "fused"), ("k", 1, "dense")]
+
+
 def test_what_a_layer_cannot_run_is_known_before(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert "on a CUDA device, the weights are on cpu" in str(KERNELS["triton"].layer_obstacle(SHAPE, CPU))

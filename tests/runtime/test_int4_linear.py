@@ -54,6 +54,7 @@ def assert_close(result: torch.Tensor, oracle: torch.Tensor, tolerance: float) -
         ("dequant", torch.bfloat16, 2**-7),
         ("dequant", torch.float32, 1e-5),
         ("reference", torch.float32, 1e-6),
+        ("triton", torch.bfloat16, 2**-7),
         ("auto", torch.bfloat16, 2**-7),
         ("auto", torch.float16, 2e-3),
     ],
@@ -118,6 +119,20 @@ def test_a_kernel_that_cannot_run_raises():
             Int4Linear(*shape)
 
 
+def test_kernels_of_other_devices_are_refused_with_what_to_do(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    model = nn.Sequential(packed_layer())
+    for kernel, message in {
+        "triton": "run on a CUDA device",
+        "gptqmodel": "pip install gptqmodel|CUDA device",
+    }.items():
+        with pytest.raises(
+            UserError, match=f"kernel '{kernel}' cannot run 0 .*({message}).*choose auto or dequant"
+        ):
+            set_kernel(model, kernel)
+    assert int4_linears(model)["0"].kernel == "auto"
+
+
 def test_running_changes_nothing_that_is_stored():
     layer = packed_layer(bias=True)
     before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
@@ -161,5 +176,8 @@ def test_one_kernel_for_a_model_or_none():
     assert describe_kernels(model) == "2 packed layers: dequant"
     set_kernel(model, "auto")
     assert f"ATen int4 up to {ATEN_MAX_TOKENS}" in describe_kernels(model)
-    assert "divisible by 16" in describe_kernels(model)
+    assert (
+        "1 packed layers (2): dequantize + dense (ATen's int4 matmul needs out_features divisible by 16"
+        in (describe_kernels(model))
+    )
     assert describe_kernels(nn.Linear(1, 1)) == "dense layers only"
