@@ -31,20 +31,20 @@ class FetchError(Exception):
 def is_public(address: Address) -> bool:
     """Whether an address belongs to the public Internet, by every address that it may stand for."""
     if isinstance(address, ipaddress.IPv6Address):
-        if any(not is_public(inner) for inner in _carried(address)):
-            return False
-        if address.ipv4_mapped is not None:  # the address that is meant was checked
-            return True
-        if address.is_site_local:
+        if (inner := _carried(address)) is not None:
+            return is_public(inner)
+        if address.is_site_local or not all(
+            is_public(one) for one in (address.sixtofour, *(address.teredo or ())) if one is not None
+        ):
             return False
     return address.is_global and not address.is_multicast and not address.is_reserved
 
 
-def _carried(address: ipaddress.IPv6Address) -> list[ipaddress.IPv4Address]:
-    found = [address.ipv4_mapped, address.sixtofour, *(address.teredo or ())]
+def _carried(address: ipaddress.IPv6Address) -> ipaddress.IPv4Address | None:
+    """The IPv4 address that is meant by an IPv6 one."""
     if any(address in network for network in _CARRIERS):
-        found.append(ipaddress.IPv4Address(int(address) & 0xFFFFFFFF))
-    return [one for one in found if one is not None]
+        return ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
+    return address.ipv4_mapped
 
 
 @dataclass(frozen=True)
