@@ -71,7 +71,10 @@ def fetch(url: str, limit: int, seconds: float, allowed: Callable[[Address], boo
         answer = _get(_target(url), limit, deadline, allowed)
         if isinstance(answer, bytes):
             return answer
-        url = urljoin(url, answer)
+        try:
+            url = urljoin(url, answer)
+        except ValueError as error:
+            raise FetchError("it is redirected to no valid URL") from error
     raise FetchError(f"more than {MAX_REDIRECTS} redirects")
 
 
@@ -107,7 +110,9 @@ def _get(target: _Target, limit: int, deadline: float, allowed: Callable[[Addres
                 return place
             if response.status != 200:
                 raise FetchError(f"the other server answers {response.status}")
-            return _contents(response, limit, deadline)
+            data = _contents(response, limit, deadline)
+            _left(deadline)  # a connection that was cut off looks like one that has ended
+            return data
     except (OSError, http.client.HTTPException, ValueError) as error:
         if time.monotonic() >= deadline:
             raise FetchError("it takes too long") from error

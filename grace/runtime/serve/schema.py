@@ -8,6 +8,7 @@ from grace.runtime.sampling import MAX_SEED
 from grace.runtime.serve.errors import bad_request
 
 MAX_CHOICES = 16
+MAX_TOKENS = 2**31
 MAX_STOPS = 16
 MAX_PROMPTS = 64
 
@@ -84,7 +85,7 @@ class Request(_Strict):
     """What both endpoints have."""
 
     model: str | None = None
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
@@ -102,7 +103,7 @@ class Request(_Strict):
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
     # Not OpenAI's, but other servers' too (`extra_body` of the Python client).
-    top_k: Annotated[int, Field(ge=-1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=MAX_TOKENS)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
     ignore_eos: bool | None = None
 
@@ -120,7 +121,7 @@ R = TypeVar("R", bound=Request)
 
 class ChatRequest(Request):
     messages: Annotated[list[Message], Field(min_length=1)]
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 

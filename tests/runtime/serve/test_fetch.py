@@ -117,7 +117,7 @@ def other(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, Answer], s
 def say(data: bytes = b"", status: int = 200, **headers: str) -> Answer:
     def answer(handler: BaseHTTPRequestHandler) -> None:
         handler.send_response(status)
-        for name, value in ({"Content-Length": str(len(data))} | headers).items():
+        for name, value in ({"Content_Length": str(len(data))} | headers).items():
             handler.send_header(name.replace("_", "-"), value)
         handler.end_headers()
         handler.wfile.write(data)
