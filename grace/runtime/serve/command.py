@@ -68,6 +68,8 @@ def bind(host: str, port: int) -> socket.socket:
     Raises:
         UserError: the port is taken or not allowed, or the host is not this machine's.
     """
+    if port > 65535:  # the resolver would take the rest of a division
+        raise UserError(f"--port {port} is no port: the largest is 65535")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
