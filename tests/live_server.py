@@ -95,7 +95,9 @@ def service_for(decoder: MadeUpDecoder, processor: Any, limits: Limits | None = 
 @contextlib.contextmanager
 def live(service: Service, key: str | None = None) -> Iterator[str]:
     """Runs a service on a free port of this machine; yields its URL."""
-    config = uvicorn.Config(create_app(service, key), http=Connection, ws="none", lifespan="on", log_config=None)
+    config = uvicorn.Config(
+        create_app(service, key), http=Connection, ws="none", lifespan="on", log_config=None, timeout_graceful_shutdown=2
+    )
     server = uvicorn.Server(config)
     with bind("127.0.0.1", 0) as listener:
         thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])))
@@ -103,9 +105,8 @@ def live(service: Service, key: str | None = None) -> Iterator[str]:
         try:
             yield f"http://127.0.0.1:{listener.getsockname()[1]}"
         finally:
-            server.should_exit = server.force_exit = True
+            server.should_exit = True
             thread.join(30)
-            service.scheduler.stop()
     assert not thread.is_alive()
 
 

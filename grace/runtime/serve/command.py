@@ -134,6 +134,8 @@ class _Server(uvicorn.Server):
             await super().shutdown(sockets)
         finally:
             late.cancel()
+        if self.force_exit:  # left out by the library
+            await self.lifespan.shutdown()
 
 
 def _load(args: argparse.Namespace) -> Service:
