@@ -42,9 +42,14 @@ def body(tokens: int, pixels: int) -> bytes:
     file = io.BytesIO()
     Image.linear_gradient("L").resize((pixels, pixels)).convert("RGB").save(file, "PNG")
     url = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
-    content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "Describe the picture."}]
+    content = [
+        {"type": "image_url", "image_url": {"url": url}},
+        {"type": "text", "text": "Describe the picture."},
+    ]
     wanted = {"messages": [{"role": "user", "content": content}], "max_tokens": tokens, "temperature": 0}
-    return json.dumps(wanted | {"ignore_eos": True, "stream": True, "stream_options": {"include_usage": True}}).encode()
+    return json.dumps(
+        wanted | {"ignore_eos": True, "stream": True, "stream_options": {"include_usage": True}}
+    ).encode()
 
 
 async def client(port: int, request: bytes, answers: int) -> list[tuple[int, float]]:
@@ -69,13 +74,16 @@ async def client(port: int, request: bytes, answers: int) -> list[tuple[int, flo
 
 async def measure(port: int, clients: int, request: bytes, answers: int) -> Run:
     start = time.perf_counter()
-    found = sum(await asyncio.gather(*(client(port, request, answers) for _ in range(clients))), [])
+    lists = await asyncio.gather(*(client(port, request, answers) for _ in range(clients)))
+    found = [one for answers_of_one in lists for one in answers_of_one]
     seconds = time.perf_counter() - start
     return Run(sum(tokens for tokens, _ in found) / seconds, median(first for _, first in found), len(found))
 
 
 def start_server(words: list[str]) -> tuple[subprocess.Popen[str], int]:
-    server = subprocess.Popen([sys.executable, "-m", "grace", "serve", *words, "--port", "0"], stderr=subprocess.PIPE, text=True)
+    server = subprocess.Popen(
+        [sys.executable, "-m", "grace", "serve", *words, "--port", "0"], stderr=subprocess.PIPE, text=True
+    )
     assert server.stderr is not None
     said = []
     for line in server.stderr:
@@ -91,7 +99,9 @@ def resident_mb(pid: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("directory", type=Path, nargs="?", metavar="DIR", help="an exported model")
     parser.add_argument("--synthetic", choices=("student", "teacher"), default="student", help="without DIR")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16], help="default: 1 4 16")
@@ -122,7 +132,9 @@ def main() -> None:
             code = server.wait(60)
     rates = {clients: median(run.tokens_per_s for run in found) for clients, found in runs.items()}
     base = rates[args.clients[0]]
-    print(f"{directory.name}, {args.tokens} tokens an answer, {args.pixels} x {args.pixels} pixels, {os.cpu_count()} cores")
+    print(
+        f"{directory.name}, {args.tokens} tokens an answer, {args.pixels} x {args.pixels} pixels, {os.cpu_count()} cores"
+    )
     print(f"{'clients':>7} {'tokens/s':>9} {'ratio':>6} {'first token, s':>15}")
     for clients, rate in rates.items():
         first = median(run.first_token_s for run in runs[clients])

@@ -12,7 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-BINARY = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+BINARY = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None
+)
 
 
 class Chromium:
@@ -88,7 +90,11 @@ class Chromium:
         """Waits until an expression is true."""
         deadline = time.monotonic() + seconds
         while not self.value(expression):
-            assert time.monotonic() < deadline, (expression, self.complaints, self.value("document.body.innerText"))
+            assert time.monotonic() < deadline, (
+                expression,
+                self.complaints,
+                self.value("document.body.innerText"),
+            )
             time.sleep(0.05)
 
     def type(self, text: str) -> None:
@@ -99,7 +105,9 @@ class Chromium:
         """Presses and releases one key."""
         text = {"text": "\r"} if key == "Enter" else {}
         for kind in ("keyDown", "keyUp"):
-            self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code, **text)
+            self.call(
+                "Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code, **text
+            )
 
     def drop(self, path: Path) -> None:
         """Drops a file into the middle of the page."""

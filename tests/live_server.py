@@ -67,7 +67,9 @@ class MadeUpDecoder:
         time.sleep(self._seconds)
         self.batches.append([*rows])
         for row, token in zip(rows, tokens, strict=True):
-            assert not self.faithful or token == self._prompts[row][self._at[row] % len(self._prompts[row])], "another row's token"
+            assert (
+                not self.faithful or token == self._prompts[row][self._at[row] % len(self._prompts[row])]
+            ), "another row's token"
             self._at[row] += 1
         return torch.stack([self._logits(row) for row in rows])
 
@@ -86,7 +88,9 @@ class MadeUpDecoder:
         return logits_V
 
 
-def service_for(decoder: MadeUpDecoder, processor: Any, limits: Limits | None = None, **rules: Any) -> Service:
+def service_for(
+    decoder: MadeUpDecoder, processor: Any, limits: Limits | None = None, **rules: Any
+) -> Service:
     """A service whose model is made up."""
     engine = SimpleNamespace(decoder=decoder, processor=processor, ends=frozenset(), kind="made up")
     return Service(engine, "small", 1234, limits or Limits(), ImageRules(**rules))
@@ -96,7 +100,12 @@ def service_for(decoder: MadeUpDecoder, processor: Any, limits: Limits | None = 
 def live(service: Service, key: str | None = None) -> Iterator[str]:
     """Runs a service on a free port of this machine; yields its URL."""
     config = uvicorn.Config(
-        create_app(service, key), http=Connection, ws="none", lifespan="on", log_config=None, timeout_graceful_shutdown=2
+        create_app(service, key),
+        http=Connection,
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        timeout_graceful_shutdown=2,
     )
     server = uvicorn.Server(config)
     with bind("127.0.0.1", 0) as listener:
@@ -120,7 +129,9 @@ class Serving:
 
     def __init__(self, directory: Path, *options: str, **environment: str):
         words = [sys.executable, "-m", "grace", "serve", str(directory), "--port", "0", *options]
-        self.process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=os.environ | environment)
+        self.process = subprocess.Popen(
+            words, stderr=subprocess.PIPE, text=True, env=os.environ | environment
+        )
         self.url, self.errors = "", ""
         assert self.process.stderr is not None
         for line in self.process.stderr:
@@ -180,7 +191,9 @@ def chat(url: str, body: Any, **options: Any) -> httpx.Response:
     return httpx.post(f"{url}/v1/chat/completions", content=content, headers=headers, timeout=60, **options)
 
 
-def picture(kind: str = "PNG", size: tuple[int, int] = (32, 32), colour: str = "red", **options: Any) -> bytes:
+def picture(
+    kind: str = "PNG", size: tuple[int, int] = (32, 32), colour: str = "red", **options: Any
+) -> bytes:
     """The bytes of a picture."""
     file = io.BytesIO()
     Image.new("RGB", size, colour).save(file, kind, **options)

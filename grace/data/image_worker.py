@@ -15,7 +15,13 @@ from typing import BinaryIO
 
 from PIL import Image
 
-FORMATS = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp", "GIF": "image/gif", "BMP": "image/bmp"}
+FORMATS = {
+    "PNG": "image/png",
+    "JPEG": "image/jpeg",
+    "WEBP": "image/webp",
+    "GIF": "image/gif",
+    "BMP": "image/bmp",
+}
 _SIGNS = ((b"\x89PNG\r\n\x1a\n", "PNG"), (b"\xff\xd8\xff", "JPEG"), (b"GIF8", "GIF"), (b"BM", "BMP"))
 
 
@@ -46,7 +52,7 @@ def decode(data: bytes, max_pixels: int) -> Image.Image:
         raise ValueError("it is no PNG, JPEG, WebP, GIF or BMP picture") from error
     except MemoryError as error:
         raise ValueError("it takes too much memory to decode") from error
-    except Exception as error:  # noqa: BLE001 - damaged files make decoders raise anything
+    except Exception as error:
         raise ValueError(f"it cannot be decoded ({error})") from error
 
 

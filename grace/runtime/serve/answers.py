@@ -51,7 +51,10 @@ class Writer:
         """The answer to a request that does not stream."""
         choices = [
             self._choice(
-                index, "".join(one.text for one in outputs), outputs[-1].finish, self._logprobs(index, outputs)
+                index,
+                "".join(one.text for one in outputs),
+                outputs[-1].finish,
+                self._logprobs(index, outputs),
             )
             for index, outputs in enumerate(self._outputs)
         ]

@@ -233,7 +233,9 @@ def _key_check(key: str | None) -> Any:
             return
         given = next((value for name, value in request.scope["headers"] if name == b"authorization"), b"")
         if not hmac.compare_digest(given, expected):
-            raise ApiError(401, "the API key is missing or wrong: send Authorization: Bearer KEY", code="invalid_api_key")
+            raise ApiError(
+                401, "the API key is missing or wrong: send Authorization: Bearer KEY", code="invalid_api_key"
+            )
 
     return check
 

@@ -40,11 +40,17 @@ class Bodies:
             ApiError: too large, too slow, too many at once, or no JSON object.
         """
         raw = bytearray()
+        held = 0
         try:
-            await self._read(request, raw)
-            yield await asyncio.to_thread(parse, bytes(raw))
+            try:
+                await self._read(request, raw)
+            finally:
+                held = len(raw)
+            value = await asyncio.to_thread(parse, raw)
+            raw.clear()
+            yield value
         finally:
-            self.held -= len(raw)
+            self.held -= held
 
     async def _read(self, request: Request, raw: bytearray) -> None:
         length = request.headers.get("content-length", "")
@@ -65,17 +71,21 @@ class Bodies:
                     raw += chunk
                     self.held += len(chunk)
         except TimeoutError as error:
-            raise ApiError(408, f"the body did not arrive within {self.seconds:g} s", code="timeout") from error
+            raise ApiError(
+                408, f"the body did not arrive within {self.seconds:g} s", code="timeout"
+            ) from error
         except ClientDisconnect as error:
             raise bad_request("the client went away") from error
 
     def _too_large(self) -> ApiError:
         return ApiError(
-            413, f"the body is larger than {self.limit:,} bytes: send fewer or smaller pictures", code="too_large"
+            413,
+            f"the body is larger than {self.limit:,} bytes: send fewer or smaller pictures",
+            code="too_large",
         )
 
 
-def parse(raw: bytes) -> dict[str, Any]:
+def parse(raw: bytes | bytearray) -> dict[str, Any]:
     """A JSON object from its bytes, by the letter of the standard.
 
     Raises:

@@ -85,7 +85,9 @@ def bind(host: str, port: int) -> socket.socket:
         listener.close()
         if error.errno == errno.EADDRINUSE:
             raise UserError(f"port {port} of {host} is in use: choose another --port") from error
-        raise UserError(f"cannot listen on {host} port {port} ({error.strerror}): choose another --host or --port") from error
+        raise UserError(
+            f"cannot listen on {host} port {port} ({error.strerror}): choose another --host or --port"
+        ) from error
     return listener
 
 
@@ -97,7 +99,9 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def serve(service: Service, listener: socket.socket, key: str | None = None, access_log: bool = False) -> None:
+def serve(
+    service: Service, listener: socket.socket, key: str | None = None, access_log: bool = False
+) -> None:
     """Answers requests until SIGTERM or SIGINT; then those that are being answered have `GRACE_SECONDS`."""
     config = uvicorn.Config(
         create_app(service, key),
@@ -146,7 +150,9 @@ def _load(args: argparse.Namespace) -> Service:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     name = args.served_model_name or args.directory.resolve().name
-    engine = load(args.directory, kernel=args.kernel, context=args.context or CONTEXT, rows=args.max_batch or MAX_BATCH)
+    engine = load(
+        args.directory, kernel=args.kernel, context=args.context or CONTEXT, rows=args.max_batch or MAX_BATCH
+    )
     rules = ImageRules(allow_urls=args.allow_urls, root=args.image_root)
     defaults = Limits()
     limits = Limits(

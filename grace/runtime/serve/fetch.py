@@ -103,7 +103,12 @@ def _get(target: _Target, limit: int, deadline: float, allowed: Callable[[Addres
         with _cut_at(plain, deadline), _secured(plain, target) as link:
             connection = http.client.HTTPConnection(target.host, target.port)
             connection.sock = link
-            headers = {"Accept": "image/*", "Accept-Encoding": "identity", "User-Agent": "grace", "Connection": "close"}
+            headers = {
+                "Accept": "image/*",
+                "Accept-Encoding": "identity",
+                "User-Agent": "grace",
+                "Connection": "close",
+            }
             connection.request("GET", target.path, headers=headers)
             response = connection.getresponse()
             if response.status in _REDIRECTS and (place := response.headers.get("Location")):

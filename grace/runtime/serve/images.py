@@ -80,19 +80,27 @@ class Images:
             return await asyncio.to_thread(_from_data_url, url, param)
         if scheme in ("http", "https"):
             if not self.rules.allow_urls:
-                raise bad_request("this server fetches no URLs: send the picture as a data URL", param, "unsupported")
+                raise bad_request(
+                    "this server fetches no URLs: send the picture as a data URL", param, "unsupported"
+                )
             try:
                 return await self._fetched(fetch, url, MAX_BYTES, self.rules.seconds)
             except FetchError as error:
-                raise bad_request(f"the picture cannot be fetched: {error}", param, "invalid_image_url") from error
+                raise bad_request(
+                    f"the picture cannot be fetched: {error}", param, "invalid_image_url"
+                ) from error
         if scheme == "file":
             if self.rules.root is None:
-                raise bad_request("this server reads no files: send the picture as a data URL", param, "unsupported")
+                raise bad_request(
+                    "this server reads no files: send the picture as a data URL", param, "unsupported"
+                )
             try:
                 return await self._fetched(read_below, self.rules.root, url, MAX_BYTES)
             except FileRefused as error:
                 raise bad_request(str(error), param, "invalid_image_url") from error
-        raise bad_request("a picture must be a data URL (data:image/png;base64,...)", param, "invalid_image_url")
+        raise bad_request(
+            "a picture must be a data URL (data:image/png;base64,...)", param, "invalid_image_url"
+        )
 
     async def _fetched(self, work: Callable[..., bytes], *args: Any) -> bytes:
         """What may wait for others runs on threads of its own: those of the event loop stay free."""
@@ -156,7 +164,9 @@ def _from_data_url(url: str, param: str) -> bytes:
         raise bad_request("the data URL has no comma", param, code)
     if kind not in _MEDIA_TYPES:
         known = ", ".join(sorted(image_worker.FORMATS.values()))
-        raise bad_request(f"the data URL is of type {kind[:50] or 'text/plain'!r}: send one of {known}", param, code)
+        raise bad_request(
+            f"the data URL is of type {kind[:50] or 'text/plain'!r}: send one of {known}", param, code
+        )
     if "base64" not in options:
         raise bad_request("the data URL is not base64", param, code)
     try:

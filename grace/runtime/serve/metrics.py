@@ -27,8 +27,12 @@ class Metrics:
         self.cancelled = Counter(
             "grace_cancelled_requests", "Answers broken off since their client left", registry=registry
         )
-        self.refused = Counter("grace_refused_requests", "Requests refused at a full queue", registry=registry)
-        self.preparing = Gauge("grace_preparing_requests", "Requests whose prompt is being read", registry=registry)
+        self.refused = Counter(
+            "grace_refused_requests", "Requests refused at a full queue", registry=registry
+        )
+        self.preparing = Gauge(
+            "grace_preparing_requests", "Requests whose prompt is being read", registry=registry
+        )
         self.queued = Gauge("grace_queued_answers", "Answers that wait for a row", registry=registry)
         self.running = Gauge("grace_running_answers", "Answers that have a row", registry=registry)
         self.batch_size = Histogram(
@@ -44,7 +48,10 @@ class Metrics:
             "grace_queue_seconds", "Wait for a row", buckets=_SECONDS, registry=registry
         )
         self.first_token_seconds = Histogram(
-            "grace_first_token_seconds", "From submission to the first token", buckets=_SECONDS, registry=registry
+            "grace_first_token_seconds",
+            "From submission to the first token",
+            buckets=_SECONDS,
+            registry=registry,
         )
         self.answer_seconds = Histogram(
             "grace_answer_seconds", "From submission to the last token", buckets=_SECONDS, registry=registry

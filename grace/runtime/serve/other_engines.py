@@ -36,12 +36,36 @@ def command(args: argparse.Namespace, key: str | None = None) -> list[str]:
         root = _given({"--allowed-local-media-path": args.image_root and str(args.image_root.resolve())})
         # No domain is called so: requests may not make the server fetch anything.
         closed = ["--allowed-media-domains", "none.invalid"]
-        return [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(args.directory), *where, *sizes, *root, *closed]
+        return [
+            sys.executable,
+            "-m",
+            "vllm.entrypoints.cli.main",
+            "serve",
+            str(args.directory),
+            *where,
+            *sizes,
+            *root,
+            *closed,
+        ]
     if args.image_root:
-        raise UserError("--image-root is for the engines grace and vllm: SGLang cannot be held to one directory")
-    sizes = _given({"--context-length": args.context, "--max-running-requests": args.max_batch, "--api-key": key})
+        raise UserError(
+            "--image-root is for the engines grace and vllm: SGLang cannot be held to one directory"
+        )
+    sizes = _given(
+        {"--context-length": args.context, "--max-running-requests": args.max_batch, "--api-key": key}
+    )
     # Its AWQ kernels multiply fp16 only.
-    return [sys.executable, "-m", "sglang.launch_server", "--model-path", str(args.directory), "--dtype", "float16", *where, *sizes]
+    return [
+        sys.executable,
+        "-m",
+        "sglang.launch_server",
+        "--model-path",
+        str(args.directory),
+        "--dtype",
+        "float16",
+        *where,
+        *sizes,
+    ]
 
 
 def _given(options: dict[str, object]) -> list[str]:
@@ -59,5 +83,7 @@ def start(args: argparse.Namespace, key: str | None) -> NoReturn:
         raise UserError(f"{args.engine} is not installed in this environment: pip install {args.engine}")
     shown = " ".join("KEY" if word == key else word for word in words)
     print(shown, file=sys.stderr, flush=True)
-    environment = dict(os.environ) | ({"VLLM_API_KEY": key} if key else {})
+    environment = (
+        dict(os.environ) | {"VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0"} | ({"VLLM_API_KEY": key} if key else {})
+    )
     os.execve(words[0], words, environment)

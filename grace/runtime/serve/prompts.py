@@ -40,7 +40,13 @@ class Prompts:
         self._known = len(vocabulary)
         self._visual = {
             self.processor.tokenizer.convert_tokens_to_ids(name)
-            for name in ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
+            for name in (
+                "<|vision_start|>",
+                "<|vision_end|>",
+                "<|vision_pad|>",
+                "<|image_pad|>",
+                "<|video_pad|>",
+            )
         }
 
     async def chat(self, messages: Sequence[ClientMessage]) -> Sample:

@@ -177,7 +177,9 @@ class Scheduler:
 
     def _over(self, job: Job, now: float) -> ApiError | None:
         if now >= job.deadline:
-            return ApiError(503, "the request took longer than the server allows", code="timeout", retry_after=5)
+            return ApiError(
+                503, "the request took longer than the server allows", code="timeout", retry_after=5
+            )
         return stopping() if self._refuses and job.row < 0 else None
 
     def _admit(self) -> None:

@@ -196,14 +196,20 @@ def _read(kind: type[R], body: dict[str, Any]) -> R:
     given = {name: value for name, value in body.items() if value is not None}
     for name in list(given):
         if name in _WITHOUT_EFFECT and name not in kind.model_fields:
-            if not any(type(given[name]) is type(one) and given[name] == one for one in _WITHOUT_EFFECT[name]):
-                raise bad_request(f"{name} is not supported by this server: leave it out", name, "unsupported")
+            if not any(
+                type(given[name]) is type(one) and given[name] == one for one in _WITHOUT_EFFECT[name]
+            ):
+                raise bad_request(
+                    f"{name} is not supported by this server: leave it out", name, "unsupported"
+                )
             del given[name]
         elif name in _ABOUT_THE_CALLER:
             if not isinstance(given.pop(name), str):
                 raise bad_request(f"{name}: Input should be a valid string", name)
         elif name not in kind.model_fields:
-            raise bad_request(f"Unrecognized request argument supplied: {name[:100]}", name[:100], "unknown_field")
+            raise bad_request(
+                f"Unrecognized request argument supplied: {name[:100]}", name[:100], "unknown_field"
+            )
     try:
         request = kind.model_validate(given)
     except ValidationError as error:
@@ -218,4 +224,6 @@ def _as_api_error(error: ValidationError) -> Exception:
     # Tags of alternatives are no part of the path that the client wrote.
     steps = [str(step) for step in first["loc"] if not str(step).startswith("#")]
     path = ".".join(steps)[:200]
-    return bad_request(f"{path}: {first['msg']}", path, None if first["type"] != "missing" else "missing_field")
+    return bad_request(
+        f"{path}: {first['msg']}", path, None if first["type"] != "missing" else "missing_field"
+    )

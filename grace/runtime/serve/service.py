@@ -117,7 +117,10 @@ class Service:
         """404 for another model's name."""
         if name is not None and name != self.name:
             raise ApiError(
-                404, f"the model {name[:100]!r} does not exist: this server has {self.name!r}", "model", "model_not_found"
+                404,
+                f"the model {name[:100]!r} does not exist: this server has {self.name!r}",
+                "model",
+                "model_not_found",
             )
 
     @contextlib.contextmanager

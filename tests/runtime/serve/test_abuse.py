@@ -71,13 +71,18 @@ def test_memory_is_flat_over_two_thousand_requests(serving):
         json.dumps(question(with_picture(url), max_tokens=2)).encode(), json.dumps(question(max_tokens=3, stream=True)).encode(),
         json.dumps(question(max_tokens=2, logprobs=True, top_logprobs=3, temperature=1)).encode(),
     ]  # fmt: skip
-    mixed = [[*good, *good, BROKEN[index % len(BROKEN)], BROKEN[-1 - index % len(BROKEN)], BROKEN[0]] for index in range(300)]
+    mixed = [
+        [*good, *good, BROKEN[index % len(BROKEN)], BROKEN[-1 - index % len(BROKEN)], BROKEN[0]]
+        for index in range(300)
+    ]
     bodies = [body for nine in mixed for body in nine]
     asyncio.run(ask_all(serving.url, bodies[:700], 16, leaving=True))
     before, files = process.memory_info().rss, process.num_fds()
     found = asyncio.run(ask_all(serving.url, bodies[700:2700], 16, leaving=True))
     assert set(found) <= {0, 200, 400} and found[200] > 1000 and sum(found.values()) == 2000, found
     grown = process.memory_info().rss - before
-    print(f"memory {before / 1e6:.1f} MB, grown by {grown / 1e6:.2f} MB; files {files} -> {process.num_fds()}")
+    print(
+        f"memory {before / 1e6:.1f} MB, grown by {grown / 1e6:.2f} MB; files {files} -> {process.num_fds()}"
+    )
     assert grown < 8e6 and process.num_fds() <= files + 4
     assert chat(serving.url, question()).status_code == 200

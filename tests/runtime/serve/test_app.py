@@ -54,7 +54,14 @@ def decoder() -> MadeUpDecoder:
 
 @pytest.fixture(scope="module")
 def url(processor: Any, decoder: MadeUpDecoder, root: Path) -> Iterator[str]:
-    service = service_for(decoder, processor, Limits(body=4 << 20, body_seconds=1.0), root=root, max_pixels=1_000_000, seconds=5.0)
+    service = service_for(
+        decoder,
+        processor,
+        Limits(body=4 << 20, body_seconds=1.0),
+        root=root,
+        max_pixels=1_000_000,
+        seconds=5.0,
+    )
     with live(service) as url:
         yield url
         assert chat(url, question()).status_code == 200  # whatever the tests did
@@ -76,14 +83,22 @@ def test_a_chat_answer(url, decoder, processor):
     response = chat(url, question("Which digit", model="small"))
     answer = response.json()
     assert response.status_code == 200 and response.headers["x-request-id"]
-    assert answer["object"] == "chat.completion" and answer["model"] == "small" and answer["id"].startswith("chatcmpl-")
+    assert (
+        answer["object"] == "chat.completion"
+        and answer["model"] == "small"
+        and answer["id"].startswith("chatcmpl-")
+    )
     prompt = decoder.prompts_read[-1]
     (choice,) = answer["choices"]
     assert choice == {
         "index": 0, "logprobs": None, "finish_reason": "length",
         "message": {"role": "assistant", "refusal": None, "content": processor.tokenizer.decode(prompt[:4], skip_special_tokens=True)},
     }  # fmt: skip
-    assert answer["usage"] == {"prompt_tokens": len(prompt), "completion_tokens": 4, "total_tokens": len(prompt) + 4}
+    assert answer["usage"] == {
+        "prompt_tokens": len(prompt),
+        "completion_tokens": 4,
+        "total_tokens": len(prompt) + 4,
+    }
 
 
 def test_a_streamed_answer_is_the_same(url):
@@ -92,9 +107,14 @@ def test_a_streamed_answer_is_the_same(url):
     assert response.headers["content-type"].startswith("text/event-stream")
     *chunks, last = events(response)
     assert last["choices"] == [] and last["usage"] == whole["usage"]
-    assert {chunk["object"] for chunk in chunks} == {"chat.completion.chunk"} and len({chunk["id"] for chunk in chunks}) == 1
+    assert {chunk["object"] for chunk in chunks} == {"chat.completion.chunk"} and len(
+        {chunk["id"] for chunk in chunks}
+    ) == 1
     assert chunks[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
-    assert "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks) == whole["choices"][0]["message"]["content"]
+    assert (
+        "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks)
+        == whole["choices"][0]["message"]["content"]
+    )
     assert [chunk["choices"][0]["finish_reason"] for chunk in chunks].count(None) == len(chunks) - 1
     assert chunks[-1]["choices"][0]["finish_reason"] == "length"
     assert all("usage" not in event for event in events(chat(url, question(stream=True))))
@@ -102,10 +122,14 @@ def test_a_streamed_answer_is_the_same(url):
 
 def test_several_choices(url):
     answer = chat(url, question(n=3, max_tokens=5)).json()
-    assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2] and answer["usage"]["completion_tokens"] == 15
+    assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2] and answer["usage"][
+        "completion_tokens"
+    ] == 15
     chunks = events(chat(url, question(n=3, stream=True, max_tokens=5)))
     for index in range(3):
-        text = "".join(c["delta"].get("content", "") for chunk in chunks for c in chunk["choices"] if c["index"] == index)
+        text = "".join(
+            c["delta"].get("content", "") for chunk in chunks for c in chunk["choices"] if c["index"] == index
+        )
         assert text == answer["choices"][index]["message"]["content"]
 
 
@@ -118,7 +142,12 @@ def test_stop_texts_and_log_probabilities(url, processor, decoder):
     assert all(entry["logprob"] == entry["top_logprobs"][0]["logprob"] <= 0 for entry in entries)
     assert entries[1]["token"] == "user" and bytes(entries[1]["bytes"]) == b"user"
     streamed = events(chat(url, question(logprobs=True, top_logprobs=2, stream=True)))
-    found = [entry for chunk in streamed for c in chunk["choices"] for entry in (c["logprobs"] or {"content": []})["content"]]
+    found = [
+        entry
+        for chunk in streamed
+        for c in chunk["choices"]
+        for entry in (c["logprobs"] or {"content": []})["content"]
+    ]
     assert found == entries
 
 
@@ -153,7 +182,10 @@ def test_text_is_never_structure(url, decoder, processor):
         prompt = decoder.prompts_read[-1]
         start, end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
         assert prompt.count(start) == 2 and prompt.count(end) == 1
-        assert processor.image_token_id not in prompt and tokenizer.convert_tokens_to_ids("<|endoftext|>") not in prompt
+        assert (
+            processor.image_token_id not in prompt
+            and tokenizer.convert_tokens_to_ids("<|endoftext|>") not in prompt
+        )
         assert hostile in tokenizer.decode(prompt)
     httpx.post(f"{url}/v1/completions", json={"prompt": hostile, "max_tokens": 1}, timeout=30)
     assert tokenizer.decode(decoder.prompts_read[-1]) == hostile
@@ -205,7 +237,12 @@ def test_models_health_metrics_and_the_page(url):
     assert_refused(get(url, "/v1/models/large"), 404, "model")
     assert get(url, "/health").json() == {"status": "ok"}
     text = get(url, "/metrics").text
-    for name in ("grace_requests_total{", "grace_weight_bytes{", "grace_batch_size_bucket{", "process_resident_memory_bytes"):
+    for name in (
+        "grace_requests_total{",
+        "grace_weight_bytes{",
+        "grace_batch_size_bucket{",
+        "process_resident_memory_bytes",
+    ):
         assert name in text
     page = get(url, "/")
     policy = page.headers["content-security-policy"]
@@ -219,7 +256,12 @@ def test_models_health_metrics_and_the_page(url):
 
 def test_the_key(processor):
     with live(service_for(MadeUpDecoder(), processor), key="sésame") as url:
-        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "sésame".encode()}, {"Authorization": "Bearer"}):
+        for headers in (
+            {},
+            {"Authorization": "Bearer wrong"},
+            {"Authorization": "sésame".encode()},
+            {"Authorization": "Bearer"},
+        ):
             for response in (
                 chat(url, question(), headers=headers), get(url, "/v1/models", headers=headers), get(url, "/metrics", headers=headers),
                 chat(url, b"{" * 10, headers=headers),
@@ -233,9 +275,16 @@ def test_the_key(processor):
 def test_a_foreign_page_cannot_post(url):
     body = json.dumps(question())
     for kind in ("text/plain", "application/x-www-form-urlencoded"):
-        response = httpx.post(f"{url}/v1/chat/completions", content=body, headers={"Origin": "http://evil.example", "Content-Type": kind})
+        response = httpx.post(
+            f"{url}/v1/chat/completions",
+            content=body,
+            headers={"Origin": "http://evil.example", "Content-Type": kind},
+        )
         assert_refused(response, 415)
-        assert httpx.post(f"{url}/v1/chat/completions", content=body, headers={"Content-Type": kind}).status_code == 200
+        assert (
+            httpx.post(f"{url}/v1/chat/completions", content=body, headers={"Content-Type": kind}).status_code
+            == 200
+        )
     assert "access-control-allow-origin" not in response.headers
 
 
@@ -355,7 +404,9 @@ def test_bodies_without_a_length(url):
         yield b'"}]}'
 
     assert_refused(httpx.post(f"{url}/v1/chat/completions", content=blocks(100), timeout=30), 413)
-    assert_refused(httpx.post(f"{url}/v1/chat/completions", content=blocks(1), timeout=30), 400)  # over the context
+    assert_refused(
+        httpx.post(f"{url}/v1/chat/completions", content=blocks(1), timeout=30), 400
+    )  # over the context
     head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999999999999999\r\n\r\n"
     assert b" 413 " in raw(url, head).split(b"\r\n")[0]
     assert b" 400 " in raw(url, head.replace(b"9" * 20, b"-5")).split(b"\r\n")[0]
@@ -411,7 +462,10 @@ def connected(url: str, buffer: int | None = None) -> socket.socket:
 def request(body: Any) -> bytes:
     """The bytes of a chat request."""
     data = json.dumps(body).encode()
-    return f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data
+    return (
+        f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n".encode()
+        + data
+    )
 
 
 def test_a_client_that_leaves_frees_its_row(processor):
@@ -443,7 +497,9 @@ def test_a_slow_reader_stalls_nobody_and_is_let_go(processor, monkeypatch):
             assert chat(url, question()).status_code == 200
             assert time.monotonic() - start < 3
             deadline = time.monotonic() + 20
-            while service.taken and time.monotonic() < deadline:  # it never reads: its connection is broken off
+            while (
+                service.taken and time.monotonic() < deadline
+            ):  # it never reads: its connection is broken off
                 time.sleep(0.05)
             assert service.taken == decoder.taken == 0
 
@@ -460,7 +516,10 @@ def test_a_full_queue_answers_429(processor):
             refused = [future.result() for future in futures if future.done()]
             assert len(refused) == 15
             for response in refused:
-                assert assert_refused(response, 429)["code"] == "queue_full" and int(response.headers["retry-after"]) >= 1
+                assert (
+                    assert_refused(response, 429)["code"] == "queue_full"
+                    and int(response.headers["retry-after"]) >= 1
+                )
             assert get(url, "/health").status_code == 200
             assert "grace_refused_requests_total 15.0" in get(url, "/metrics").text
             decoder.gate.set()
@@ -491,7 +550,10 @@ def test_an_error_in_mid_stream_is_an_event(processor):
 def test_all_at_once(url, root):
     """The whole corpus from many clients, and good requests between: each gets what it gets alone."""
     cases = [(body, status) for body, status in BODIES.values()]
-    cases += [(json.dumps(question(with_picture(one.replace("{root}", str(root))))).encode(), 400) for one in PICTURES.values()]
+    cases += [
+        (json.dumps(question(with_picture(one.replace("{root}", str(root))))).encode(), 400)
+        for one in PICTURES.values()
+    ]
     cases = [case for one in cases for case in (one, (json.dumps(question()).encode(), 200))]
     with ThreadPoolExecutor(16) as pool:
         found = list(pool.map(lambda case: chat(url, case[0]).status_code, cases))

@@ -27,7 +27,9 @@ def test_private_addresses(address):
     assert not is_public(ipaddress.ip_address(address))
 
 
-@pytest.mark.parametrize("address", ["8.8.8.8", "1.1.1.1", "2606:4700::1111", "::ffff:8.8.8.8", "64:ff9b::808:808"])
+@pytest.mark.parametrize(
+    "address", ["8.8.8.8", "1.1.1.1", "2606:4700::1111", "::ffff:8.8.8.8", "64:ff9b::808:808"]
+)
 def test_public_addresses(address):
     assert is_public(ipaddress.ip_address(address))
 
@@ -35,8 +37,14 @@ def test_public_addresses(address):
 @pytest.mark.parametrize(
     "url",
     [
-        *(f"http://{host}/x.png" for host in ("127.0.0.1", "localhost", "localhost.", "2130706433", "0x7f000001", "0177.0.0.1")),
-        *(f"http://{host}/x.png" for host in ("127.1", "0", "[::1]", "[::ffff:127.0.0.1]", "[::ffff:7f00:1]", "[fe80::1%25lo]")),
+        *(
+            f"http://{host}/x.png"
+            for host in ("127.0.0.1", "localhost", "localhost.", "2130706433", "0x7f000001", "0177.0.0.1")
+        ),
+        *(
+            f"http://{host}/x.png"
+            for host in ("127.1", "0", "[::1]", "[::ffff:127.0.0.1]", "[::ffff:7f00:1]", "[fe80::1%25lo]")
+        ),
         "http://169.254.169.254/latest/meta-data/",
         "https://10.0.0.1/x.png",
         "http://127.0.0.1:22/",
@@ -150,7 +158,7 @@ def test_a_redirect_is_checked_like_the_first_url(other):
     with pytest.raises(FetchError, match="not public"):
         fetch(other("/out", say(status=301, Location=inside)), 7, 5, first_only)
     for place in ("file:///etc/passwd", "ftp://x/y", "http://[::1"):
-        with pytest.raises((FetchError)):
+        with pytest.raises(FetchError):
             fetch(other("/odd", say(status=301, Location=place)), 7, 5, anywhere)
 
 
@@ -173,7 +181,9 @@ def test_answers_that_cannot_be_used(other, answer, message):
 @pytest.mark.parametrize("part", ["head", "contents"])
 def test_a_drip_ends_at_the_deadline(other, part):
     def drip(handler: BaseHTTPRequestHandler) -> None:
-        handler.wfile.write(b"HTTP/1.1 200 OK\r\n" + (b"" if part == "head" else b"Content-Length: 9999\r\n\r\n"))
+        handler.wfile.write(
+            b"HTTP/1.1 200 OK\r\n" + (b"" if part == "head" else b"Content-Length: 9999\r\n\r\n")
+        )
         try:
             for _ in range(100):
                 handler.wfile.write(b"x" if part == "contents" else b"X: y\r\n")

@@ -55,7 +55,9 @@ def test_ask_about_a_dropped_picture(browser: Chromium, processor, tmp_path):
         # The next question carries the conversation along.
         browser.type("And")
         browser.press("Enter", 13)
-        browser.wait("document.querySelectorAll('article.assistant').length === 2 && !document.getElementById('send').disabled")
+        browser.wait(
+            "document.querySelectorAll('article.assistant').length === 2 && !document.getElementById('send').disabled"
+        )
         assert HOSTILE in processor.tokenizer.decode(decoder.prompts_read[-1])
     assert browser.complaints == []
 
@@ -88,17 +90,23 @@ def test_errors_and_the_key(browser: Chromium, processor, tmp_path):
         browser.type("which digit")
         browser.press("Enter", 13)
         browser.wait("document.querySelector('article.wrong[role=alert]')?.textContent.includes('API key')")
-        assert browser.value("document.getElementById('prompt').value") == "which digit"  # kept, to be sent again
+        assert (
+            browser.value("document.getElementById('prompt').value") == "which digit"
+        )  # kept, to be sent again
         browser.value("document.getElementById('key').focus()")
         browser.type("sesame")
         browser.value("document.getElementById('prompt').focus()")
         browser.wait("document.getElementById('about').textContent.includes('small')")
         (tmp_path / "x.svg").write_text("<svg xmlns='http://www.w3.org/2000/svg'/>")
         browser.drop(tmp_path / "x.svg")
-        browser.wait("document.querySelector('article.wrong:last-of-type').textContent.includes('x.svg is no PNG')")
+        browser.wait(
+            "document.querySelector('article.wrong:last-of-type').textContent.includes('x.svg is no PNG')"
+        )
         browser.press("Enter", 13)
         browser.wait(f"{ANSWER} && {ANSWER}.textContent.includes('which digit')")
-    assert [line for line in browser.complaints if "401" not in line] == []  # the browser logs refused requests
+    assert [
+        line for line in browser.complaints if "401" not in line
+    ] == []  # the browser logs refused requests
     browser.complaints.clear()
 
 
@@ -106,7 +114,9 @@ def test_dark_light_and_labels(browser: Chromium, processor):
     with live(service_for(MadeUpDecoder(), processor)) as url:
         grounds = {}
         for theme in ("dark", "light"):
-            browser.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": theme}])
+            browser.call(
+                "Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": theme}]
+            )
             browser.open(url)
             browser.wait("document.getElementById('about').textContent.includes('small')")
             if folder := os.environ.get("PAGE_SCREENSHOTS"):
@@ -116,8 +126,12 @@ def test_dark_light_and_labels(browser: Chromium, processor):
             browser.value("document.getElementById('theme').click()")
             assert browser.value(ground) != grounds[theme]
         assert grounds["dark"] != grounds["light"]
-        assert browser.value("[...document.querySelectorAll('input, textarea')].every(field => field.labels.length)")
-        assert browser.value("document.documentElement.lang && document.querySelector('[role=log]').getAttribute('aria-label')")
+        assert browser.value(
+            "[...document.querySelectorAll('input, textarea')].every(field => field.labels.length)"
+        )
+        assert browser.value(
+            "document.documentElement.lang && document.querySelector('[role=log]').getAttribute('aria-label')"
+        )
         reached = []
         browser.value("document.getElementById('prompt').focus()")
         for _ in range(4):

@@ -50,7 +50,14 @@ class Desk:
 
     def job(self, prompt: list[int], limit: int, seconds: float = 60, **options: Any) -> Job:
         stream: Any = Counting(limit)
-        job = Job(encode_ids(prompt), Sampler(Sampling()), stream, lambda _: None, time.monotonic() + seconds, **options)
+        job = Job(
+            encode_ids(prompt),
+            Sampler(Sampling()),
+            stream,
+            lambda _: None,
+            time.monotonic() + seconds,
+            **options,
+        )
         self.received[job] = []
         return job
 
@@ -156,7 +163,9 @@ def test_a_failing_step_ends_its_answers_and_nothing_else(monkeypatch, error):
         decode = desk.decoder.decode
         failures = [error]
         monkeypatch.setattr(
-            desk.decoder, "decode", lambda *a: decode(*a) if not failures else (_ for _ in ()).throw(failures.pop())
+            desk.decoder,
+            "decode",
+            lambda *a: decode(*a) if not failures else (_ for _ in ()).throw(failures.pop()),
         )
         lost = desk.job([1], 4)
         desk.scheduler.submit([lost])

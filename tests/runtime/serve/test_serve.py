@@ -15,7 +15,9 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from live_server import Serving, assert_refused, chat, data_url, events, picture, question, with_picture
+import yaml
+from live_server import Serving, assert_refused, chat, data_url, picture, question, with_picture
+from PIL import Image
 
 from grace import cli, cli_serve
 from grace.errors import UserError
@@ -43,7 +45,9 @@ def client(serving: Serving) -> openai.OpenAI:
 
 
 def messages(text: str = "Which digit is in the top left cell?", **picture_options: Any) -> Any:
-    return [{"role": "user", "content": with_picture(data_url(picture(size=(96, 96), **picture_options)), text)}]
+    return [
+        {"role": "user", "content": with_picture(data_url(picture(size=(96, 96), **picture_options)), text)}
+    ]
 
 
 def test_the_openai_client(client, serving, awq_dir):
@@ -52,18 +56,32 @@ def test_the_openai_client(client, serving, awq_dir):
     whole = client.chat.completions.create(model=model.id, messages=messages(), max_tokens=6, temperature=0)
     assert whole.choices[0].finish_reason in ("stop", "length") and whole.usage is not None
     stream = client.chat.completions.create(
-        model=model.id, messages=messages(), max_tokens=6, temperature=0, stream=True, stream_options={"include_usage": True}
+        model=model.id,
+        messages=messages(),
+        max_tokens=6,
+        temperature=0,
+        stream=True,
+        stream_options={"include_usage": True},
     )
     chunks = list(stream)
     text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
     assert text == whole.choices[0].message.content and chunks[-1].usage == whole.usage
-    with client.chat.completions.create(model=model.id, messages=messages(), max_tokens=500, stream=True) as left:
+    with client.chat.completions.create(
+        model=model.id, messages=messages(), max_tokens=500, stream=True
+    ) as left:
         next(iter(left))  # and away
     plain = client.completions.create(model=model.id, prompt="What is", max_tokens=3, temperature=0)
     assert plain.usage is not None and plain.usage.completion_tokens <= 3
     drawn = [
         client.chat.completions.create(
-            model=model.id, messages=messages(), max_tokens=8, temperature=1.5, seed=seed, n=2, logprobs=True, top_logprobs=3
+            model=model.id,
+            messages=messages(),
+            max_tokens=8,
+            temperature=1.5,
+            seed=seed,
+            n=2,
+            logprobs=True,
+            top_logprobs=3,
         )
         for seed in (1, 1, 2)
     ]
@@ -90,9 +108,9 @@ def test_answers_are_those_of_the_engine(client, awq_dir, serving):
     colours = ["red", "green", "blue", "white"]
     expected = {}
     for colour in colours:
-        from PIL import Image
-
-        result = engine.generate([Image.new("RGB", (96, 96), colour)], "Which digit is in the top left cell?", 12)
+        result = engine.generate(
+            [Image.new("RGB", (96, 96), colour)], "Which digit is in the top left cell?", 12
+        )
         expected[colour] = (result.text, len(result.tokens))
     found: dict[int, tuple[str, int]] = {}
 
@@ -115,14 +133,18 @@ def test_curl(serving, tmp_path):
     body.write_text(json.dumps({"messages": messages(), "max_tokens": 4, "stream": True}))
     key = f"Authorization: Bearer {KEY}"
     words = ["curl", "-sS", "-N", "-H", key, "-H", "Content-Type: application/json", "-d", f"@{body}"]
-    done = subprocess.run([*words, f"{serving.url}/v1/chat/completions"], capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run(
+        [*words, f"{serving.url}/v1/chat/completions"], capture_output=True, text=True, check=True, timeout=60
+    )
     assert done.stdout.startswith("data: {") and done.stdout.endswith("data: [DONE]\n\n")
     words = ["curl", "-sS", "-o", "/dev/null", "-w", "%{http_code}"]
     for path, options, status in (
         ("/health", [], "200"), ("/v1/models", [], "401"), ("/v1/models", ["-H", key], "200"), ("/metrics", ["-H", key], "200"),
         ("/v1/chat/completions", ["-H", key, "-d", "{"], "400"), ("/", [], "200"),
     ):  # fmt: skip
-        done = subprocess.run([*words, *options, serving.url + path], capture_output=True, text=True, check=True, timeout=60)
+        done = subprocess.run(
+            [*words, *options, serving.url + path], capture_output=True, text=True, check=True, timeout=60
+        )
         assert done.stdout == status, path
 
 
@@ -192,7 +214,16 @@ def test_a_port_in_use(awq_dir, capsys):
     ],
 )
 def test_wrong_options_are_one_line_and_exit_2(awq_dir, capsys, options, message):
-    assert cli.main(["serve", *(option.format(awq=awq_dir) for option in options), *([] if "--port" in options else ["--port", "0"])]) == 2
+    assert (
+        cli.main(
+            [
+                "serve",
+                *(option.format(awq=awq_dir) for option in options),
+                *([] if "--port" in options else ["--port", "0"]),
+            ]
+        )
+        == 2
+    )
     out, err = capsys.readouterr()
     assert not out and err.startswith("error: ") and err.count("\n") == 1 and message in err
 
@@ -232,7 +263,9 @@ def arguments(*options: str) -> Any:
 
 
 def test_the_commands_of_other_engines():
-    command = other_engines.command(arguments("--engine", "vllm", "--context", "2048", "--max-batch", "8", "--port", "9"))
+    command = other_engines.command(
+        arguments("--engine", "vllm", "--context", "2048", "--max-batch", "8", "--port", "9")
+    )
     assert command == [
         sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", "runs/demo/awq", "--host", "127.0.0.1", "--port", "9",
         "--served-model-name", "awq", "--max-model-len", "2048", "--max-num-seqs", "8",
@@ -243,7 +276,7 @@ def test_the_commands_of_other_engines():
         sys.executable, "-m", "sglang.launch_server", "--model-path", "runs/demo/awq", "--dtype", "float16", "--host", "127.0.0.1",
         "--port", "8000", "--served-model-name", "x", "--api-key", "key",
     ]  # fmt: skip
-    assert cli_serve.ENGINES == ("grace", *other_engines.ENGINES)
+    assert ("grace", *other_engines.ENGINES) == cli_serve.ENGINES
 
 
 def test_an_installed_engine_is_started(monkeypatch, capsys):
@@ -252,6 +285,23 @@ def test_an_installed_engine_is_started(monkeypatch, capsys):
     monkeypatch.setattr(other_engines.os, "execve", lambda *call: started.update(call=call))
     other_engines.start(arguments("--engine", "vllm"), "secret")
     program, words, environment = started["call"]
-    assert program == sys.executable and "secret" not in " ".join(words) and environment["VLLM_API_KEY"] == "secret"
+    assert (
+        program == sys.executable
+        and "secret" not in " ".join(words)
+        and environment["VLLM_API_KEY"] == "secret"
+    )
     other_engines.start(arguments("--engine", "sglang"), "secret")
     assert "secret" in started["call"][1] and "secret" not in capsys.readouterr().err
+
+
+def test_the_compose_file_runs_the_same_commands():
+    compose = yaml.safe_load((Path(__file__).parents[3] / "export" / "compose.yaml").read_text())
+    options = ["--host", "0.0.0.0", "--served-model-name", "grace", "--context", "4096"]
+    for engine, key in (("vllm", None), ("sglang", "${GRACE_API_KEY:?set GRACE_API_KEY}")):
+        service = compose["services"][engine]
+        args = cli.build_parser().parse_args(["serve", "/model", "--engine", engine, *options])
+        assert service["entrypoint"] + service["command"] == [
+            "python3",
+            *other_engines.command(args, key)[1:],
+        ]
+        assert service["ports"] == ["127.0.0.1:8000:8000"] and service["volumes"][0].endswith(":/model:ro")
