@@ -93,8 +93,12 @@ def _add_endpoints(app: FastAPI, service: Service, guards: Sequence[Any]) -> Non
                 places.enter_context(service.admitted(wanted.n or 1))
                 with service.metrics.preparing.track_inprogress():
                     samples = [await service.prompts.chat(wanted.messages)]
-                del body
-            answers = service.submit(wanted, samples, None)
+                # Pictures as text and as pixels are large: neither is kept while the answer is awaited.
+                wanted = wanted.model_copy(update={"messages": []})
+                body.clear()
+            places.enter_context(service.holding(samples))
+            answers = service.submit(wanted, samples)
+            del samples
             return await _reply(service, request, wanted, answers, ChatWriter, places)
 
     @app.post("/v1/completions", dependencies=guards)
@@ -107,7 +111,7 @@ def _add_endpoints(app: FastAPI, service: Service, guards: Sequence[Any]) -> Non
                 places.enter_context(service.admitted(len(prompts) * (wanted.n or 1)))
                 with service.metrics.preparing.track_inprogress():
                     samples = [await service.prompts.plain(prompt) for prompt in prompts]
-            answers = service.submit(wanted, samples, None)
+            answers = service.submit(wanted, samples)
             return await _reply(service, request, wanted, answers, CompletionWriter, places)
 
 

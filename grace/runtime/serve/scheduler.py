@@ -10,7 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from torch import Tensor
@@ -196,6 +196,7 @@ class Scheduler:
             self._metrics.queue_seconds.observe(start - job.submitted)
             try:
                 logits_V = self._decoder.prefill(job.row, job.sample)
+                job.sample = replace(job.sample, pixel_values_PD=None)  # they are read, and large
                 self._advance(job, logits_V)
             except Exception as error:  # noqa: BLE001 - one prompt's failure is not the others'
                 self._fail([job], error)

@@ -21,6 +21,9 @@ from grace.runtime.serve.scheduler import Job, Output, Scheduler, stopping
 from grace.runtime.serve.schema import Request
 from grace.runtime.text_stream import TextStream
 
+# A token of a picture is 24 KB of pixels: a queue of prompts full of pictures would otherwise take many gigabytes.
+MAX_PIXEL_BYTES = 2 << 30
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -93,6 +96,7 @@ class Service:
         self.prompts = Prompts(engine.processor, self.images, self.context)
         self.scheduler = Scheduler(engine.decoder, self._deliver, self.metrics)
         self.taken = 0  # answers admitted and not finished
+        self.pixels = 0  # bytes of their pictures
         self.stopping = False
         self._vocabulary = len(engine.processor.tokenizer)
 
@@ -153,11 +157,30 @@ class Service:
         count = values["grace_answer_seconds_count"]
         return min(60, max(1, math.ceil(values["grace_answer_seconds_sum"] / count if count else 1)))
 
-    def submit(self, request: Request, samples: Sequence[Sample], default_limit: int | None) -> Answers:
-        """Starts `n` answers to each sample.
+    @contextlib.contextmanager
+    def holding(self, samples: Sequence[Sample]) -> Iterator[None]:
+        """Counts the pixels of waiting prompts until the block ends.
 
-        Args:
-            default_limit: tokens where the request names no limit; None is all that the context holds.
+        Raises:
+            ApiError: 429 where they would be more than the memory for them.
+        """
+        size = sum(sample.pixel_values_PD.nbytes for sample in samples if sample.pixel_values_PD is not None)
+        if self.pixels + size > max(size, MAX_PIXEL_BYTES):
+            self.metrics.refused.inc()
+            raise ApiError(
+                429,
+                "too many pictures are waiting: try again later",
+                code="overloaded",
+                retry_after=self._retry_after(),
+            )
+        self.pixels += size
+        try:
+            yield
+        finally:
+            self.pixels -= size
+
+    def submit(self, request: Request, samples: Sequence[Sample]) -> Answers:
+        """Starts `n` answers to each sample.
 
         Raises:
             ApiError: settings that cannot be met.
@@ -166,7 +189,7 @@ class Service:
         deadline = time.monotonic() + self.limits.seconds
         bias = self._bias(request)
         for sample in samples:
-            sampling = self._sampling(request, len(sample.input_ids_L), default_limit)
+            sampling = self._sampling(request, len(sample.input_ids_L))
             for choice in range(request.n or 1):
                 answers.jobs.append(self._job(request, sample, sampling, choice, answers, deadline, bias))
         self.scheduler.submit(answers.jobs)
@@ -191,9 +214,9 @@ class Service:
             request.likeliest(),
         )
 
-    def _sampling(self, request: Request, prompt_tokens: int, default_limit: int | None) -> Sampling:
+    def _sampling(self, request: Request, prompt_tokens: int) -> Sampling:
         room = self.context - prompt_tokens
-        limit = request.limit() or min(room, default_limit or room)
+        limit = request.limit() or room
         if limit > room:
             raise bad_request(
                 f"{limit} tokens after a prompt of {prompt_tokens} are more than this server's context of {self.context}",

@@ -29,6 +29,7 @@ from PIL import Image
 
 from grace.models.processor import load_processor
 from grace.runtime.serve import connection
+from grace.runtime.serve import service as service_module
 from grace.runtime.serve.service import Limits
 
 
@@ -525,6 +526,25 @@ def test_a_full_queue_answers_429(processor):
             decoder.gate.set()
             assert [future.result().status_code for future in futures].count(200) == 5
         assert_refused(chat(url, question(n=16)), 400, "n")
+
+
+def test_pictures_that_wait_have_a_budget(processor, monkeypatch):
+    monkeypatch.setattr(service_module, "MAX_PIXEL_BYTES", 100_000)  # one picture of 96 x 96 has 221,184
+    decoder = MadeUpDecoder(rows=1)
+    service = service_for(decoder, processor)
+    body = question(with_picture(data_url(picture(size=(96, 96)))))
+    with live(service) as url:
+        assert chat(url, body).status_code == 200  # one always fits
+        decoder.gate.clear()
+        with ThreadPoolExecutor(2) as pool:
+            first = pool.submit(chat, url, body)
+            deadline = time.monotonic() + 10
+            while not service.pixels and time.monotonic() < deadline:
+                time.sleep(0.01)
+            assert assert_refused(chat(url, body), 429)["code"] == "overloaded"
+            decoder.gate.set()
+            assert first.result().status_code == 200
+        assert service.pixels == 0
 
 
 def test_requests_that_take_too_long_and_prompts_that_fail(processor):
