@@ -1,0 +1,212 @@
+"""A decoder with a static KV cache: several independent sequences, each at its own place, on one device.
+
+The forward pass is our own, over the weights of `grace.models.decoder_parts`: few operations per layer, fused
+projections, no masks over the square of the context. Pictures go through the library's vision tower.
+
+Shape suffixes: T tokens, R rows decoded together, B rows of the cache up to the last of them, D hidden width,
+H query heads, K key/value heads, G query heads per key/value head, S head size, F rotary frequencies (= S / 2),
+C context, V vocabulary, N visual tokens.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from grace.data.packing import positions_3L
+from grace.data.template import IMAGE_TOKEN_TYPE, Sample
+from grace.errors import UserError
+from grace.models.decoder_parts import DecoderParts, decoder_parts, visual_features
+from grace.runtime.fused_linear import FusedLinear, Head
+
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+"""Layer, queries [T, H, S], keys and values [T, K, S] to [T, H * S]."""
+
+
+class Layer:
+    """One decoder layer over its fused linears."""
+
+    def __init__(self, parts: Any, whole: DecoderParts):
+        self.input_norm_D, self.post_norm_D = parts.input_norm_D, parts.post_norm_D
+        self.qkv = FusedLinear([parts.query, parts.key, parts.value])
+        self.output = FusedLinear([parts.output])
+        self.gate_up = FusedLinear([parts.gate, parts.up])
+        self.down = FusedLinear([parts.down])
+        heads = [
+            parts.query_norm_H.expand(whole.query_heads, -1),
+            parts.key_norm_H.expand(whole.kv_heads, -1),
+        ]
+        self.qk_norm_XS = torch.cat(heads).contiguous()
+
+
+class Decoder:
+    """Decodes up to `rows` sequences of up to `context` tokens.
+
+    Args:
+        model: a loaded Qwen3-VL model, dense or packed.
+        rows: sequences side by side.
+        context: tokens of each, prompt, pictures and answer together.
+
+    Raises:
+        UserError: a context longer than the model is made for.
+    """
+
+    def __init__(self, model: Any, rows: int = 1, context: int = 4096):
+        parts = decoder_parts(model)
+        self.model, self.parts = model, parts
+        self.layers = [Layer(layer, parts) for layer in parts.layers]
+        self.head = Head(parts.head_VD)
+        self.device, self.dtype = parts.embed_VD.device, parts.embed_VD.dtype
+        self.resize(rows, context)
+
+    def resize(self, rows: int | None = None, context: int | None = None) -> None:
+        """Gives the cache another size; all rows are empty then.
+
+        Raises:
+            UserError: a context longer than the model is made for.
+        """
+        if context is not None and context > self.parts.max_context:
+            raise UserError(
+                f"a context of {context} tokens is more than the model's {self.parts.max_context}: lower --context"
+            )
+        self.rows, self.context = rows or self.rows, context or self.context
+        # One place more than the context: where rows that only fill up a batch write.
+        shape = (len(self.layers), self.rows, self.parts.kv_heads, self.context + 1, self.parts.head_size)
+        self.keys_LRKCS = torch.empty(shape, dtype=self.dtype, device=self.device)
+        self.values_LRKCS = torch.empty(shape, dtype=self.dtype, device=self.device)
+        self._lengths = [0] * self.rows
+        self._offsets = [0] * self.rows  # of the rotary position from the place in the cache
+
+    def length(self, row: int) -> int:
+        """Tokens in a row."""
+        return self._lengths[row]
+
+    def release(self, row: int) -> None:
+        """Empties a row. What it held is never attended to again."""
+        self._lengths[row] = self._offsets[row] = 0
+
+    @torch.inference_mode()
+    def prefill(self, row: int, sample: Sample) -> Tensor:
+        """Reads a prompt with its pictures into a row, over what was there.
+
+        Returns:
+            fp32 logits [V] of the token that follows.
+
+        Raises:
+            UserError: the prompt leaves no room in the context.
+        """
+        tokens = len(sample.input_ids_L)
+        self.release(row)
+        if tokens > self.context:
+            raise UserError(
+                f"the prompt has {tokens} tokens, the context holds {self.context}: "
+                "shorten it, use fewer or smaller pictures, or raise --context"
+            )
+        positions_3T = positions_3L(sample, self.parts.merge_size)
+        ids_T = sample.input_ids_L.to(self.device)
+        x_TD = F.embedding(ids_T, self.parts.embed_VD)
+        deep_ND, visual_T = self._put_pictures(x_TD, sample)
+        cos_TS, sin_TS = self._rotation(positions_3T.to(self.device))
+
+        def attend(layer: int, q_THS: Tensor, k_TKS: Tensor, v_TKS: Tensor) -> Tensor:
+            k_KTS, v_KTS = k_TKS.transpose(0, 1), v_TKS.transpose(0, 1)
+            self.keys_LRKCS[layer, row, :, :tokens] = k_KTS
+            self.values_LRKCS[layer, row, :, :tokens] = v_KTS
+            q_HTS = q_THS.transpose(0, 1)
+            groups = q_HTS.shape[0] // k_KTS.shape[0]
+            k_HTS, v_HTS = (states.repeat_interleave(groups, 0) for states in (k_KTS, v_KTS))
+            y_HTS = F.scaled_dot_product_attention(q_HTS[None], k_HTS[None], v_HTS[None], is_causal=True)[0]
+            return y_HTS.transpose(0, 1).reshape(tokens, -1)
+
+        for index in range(len(self.layers)):
+            x_TD = self._layer(index, x_TD, cos_TS, sin_TS, attend)
+            if index < len(deep_ND):
+                x_TD[visual_T] += deep_ND[index].to(x_TD.dtype)
+        self._lengths[row] = tokens
+        self._offsets[row] = int(positions_3T.max()) + 1 - tokens
+        return self._logits(x_TD[-1:])[0]
+
+    @torch.inference_mode()
+    def decode(self, rows: Sequence[int], tokens: Sequence[int]) -> Tensor:
+        """One step: each of `rows` takes its next token.
+
+        Returns:
+            fp32 logits [R, V], in the order of `rows`.
+
+        Raises:
+            ValueError: a row twice, none at all, or one that is empty.
+            UserError: a row that is full.
+        """
+        if not rows or len(set(rows)) != len(rows) or len(rows) != len(tokens):
+            raise ValueError(f"rows {list(rows)} with {len(tokens)} tokens")
+        if any(not self._lengths[row] for row in rows):
+            raise ValueError(f"rows {list(rows)}: one of them has no prompt")
+        if any(self._lengths[row] >= self.context for row in rows):
+            raise UserError(f"the context of {self.context} tokens is full: raise --context")
+        logits_RV = self._step(list(rows), list(tokens))
+        for row in rows:
+            self._lengths[row] += 1
+        return logits_RV
+
+    # ------------------------------------------------------------ the forward pass
+
+    def _step(self, rows: list[int], tokens: list[int]) -> Tensor:
+        lengths = [self._lengths[row] for row in rows]
+        places = [length + self._offsets[row] for row, length in zip(rows, lengths, strict=True)]
+        x_RD = F.embedding(torch.tensor(tokens, device=self.device), self.parts.embed_VD)
+        cos_RS, sin_RS = self._rotation(torch.tensor(places, device=self.device).expand(3, -1))
+
+        def attend(layer: int, q_RHS: Tensor, k_RKS: Tensor, v_RKS: Tensor) -> Tensor:
+            keys, values = self.keys_LRKCS[layer], self.values_LRKCS[layer]
+            found = []
+            for index, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+                keys[row, :, length] = k_RKS[index]
+                values[row, :, length] = v_RKS[index]
+                k_KCS, v_KCS = keys[row : row + 1, :, : length + 1], values[row : row + 1, :, : length + 1]
+                # The query heads that share a key head stand where a sequence of queries would.
+                q_KGS = q_RHS[index].view(1, self.parts.kv_heads, -1, self.parts.head_size)
+                found.append(F.scaled_dot_product_attention(q_KGS, k_KCS, v_KCS).reshape(1, -1))
+            return found[0] if len(found) == 1 else torch.cat(found)
+
+        for index in range(len(self.layers)):
+            x_RD = self._layer(index, x_RD, cos_RS, sin_RS, attend)
+        return self._logits(x_RD)
+
+    def _layer(self, index: int, x_TD: Tensor, cos_TS: Tensor, sin_TS: Tensor, attend: Attend) -> Tensor:
+        parts, layer = self.parts, self.layers[index]
+        heads = parts.query_heads + parts.kv_heads
+        qkv_TXS = layer.qkv(self._norm(x_TD, layer.input_norm_D)).view(len(x_TD), -1, parts.head_size)
+        qk_TXS = self._norm(qkv_TXS[:, :heads]) * layer.qk_norm_XS
+        # sin carries the sign of the half-turn: x cos + rotate_half(x) sin.
+        qk_TXS = torch.addcmul(qk_TXS * cos_TS, qk_TXS.roll(parts.head_size // 2, -1), sin_TS)
+        q_THS, k_TKS = qk_TXS[:, : parts.query_heads], qk_TXS[:, parts.query_heads :]
+        x_TD = x_TD + layer.output(attend(index, q_THS, k_TKS, qkv_TXS[:, heads:]))
+        gate_TI, up_TI = layer.gate_up(self._norm(x_TD, layer.post_norm_D)).chunk(2, -1)
+        return x_TD + layer.down(F.silu(gate_TI) * up_TI)
+
+    def _norm(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
+        return F.rms_norm(x, x.shape[-1:], weight, self.parts.epsilon)
+
+    def _logits(self, x_RD: Tensor) -> Tensor:
+        return self.head(self._norm(x_RD, self.parts.norm_D)).float()
+
+    def _rotation(self, positions_3T: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosine and signed sine [T, 1, S] of tokens at (time, height, width)."""
+        parts = self.parts
+        angle_TF = positions_3T[parts.axis_F].T * parts.frequency_F
+        cos_TF, sin_TF = angle_TF.cos() * parts.rope_scale, angle_TF.sin() * parts.rope_scale
+        both = torch.cat([cos_TF, cos_TF], -1), torch.cat([-sin_TF, sin_TF], -1)
+        cos_TS, sin_TS = (part.to(self.dtype)[:, None] for part in both)
+        return cos_TS, sin_TS
+
+    def _put_pictures(self, x_TD: Tensor, sample: Sample) -> tuple[list[Tensor], Tensor | None]:
+        """Replaces image tokens' embeddings in place; the deepstack features and where they belong."""
+        if sample.pixel_values_PD is None or sample.image_grid_thw_N3 is None:
+            return [], None
+        pixels, grid = sample.pixel_values_PD.to(self.device), sample.image_grid_thw_N3.to(self.device)
+        seen_ND, deep_ND = visual_features(self.model, pixels, grid)
+        visual_T = (sample.mm_token_type_ids_L == IMAGE_TOKEN_TYPE).to(self.device)
+        x_TD[visual_T] = seen_ND.to(x_TD.dtype)
+        return deep_ND, visual_T
