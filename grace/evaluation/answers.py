@@ -11,7 +11,7 @@ from PIL import Image
 
 from grace.errors import UserError
 from grace.evaluation.question import Question, Task
-from grace.evaluation.tasks import mmbench
+from grace.evaluation.tasks import TASKS, mmbench
 from grace.files import sha256_of
 
 IDS = ("id", "index", "question_id")
@@ -39,19 +39,22 @@ class Answerer(Protocol):
 class ModelAnswerer:
     """A GRACE, plain or packed checkpoint.
 
+    Args:
+        batch_size: the most questions at a time.
+
     Raises:
         UserError: it cannot be loaded.
     """
 
-    def __init__(self, directory: Path, kernel: str):
+    def __init__(self, directory: Path, kernel: str, batch_size: int):
         import transformers
 
-        from grace.runtime.generate import load
+        from grace.runtime.engine import load
         from grace.runtime.int4_linear import describe_kernels
 
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
-        self.directory, self.engine = directory, load(directory, kernel=kernel)
+        self.directory, self.engine = directory, load(directory, kernel=kernel, rows=batch_size)
         self.about = {
             "path": str(directory),
             "kind": self.engine.kind,
@@ -59,7 +62,6 @@ class ModelAnswerer:
             "dtype": str(self.engine.model.dtype).removeprefix("torch."),
             "kernels": describe_kernels(self.engine.model),
         }
-        self.processor: Any = self.engine.processor
         self.max_new_tokens = 1
 
     def begin(self, task: Task) -> None:
@@ -67,7 +69,7 @@ class ModelAnswerer:
         from grace.models.processor import load_processor
 
         decoding = task.decoding
-        self.processor = load_processor(self.directory, decoding.min_pixels, decoding.max_pixels)
+        self.engine.processor = load_processor(self.directory, decoding.min_pixels, decoding.max_pixels)
         self.max_new_tokens = decoding.max_new_tokens
 
     def answer(self, questions: Sequence[Question], images: Sequence[Sequence[Image.Image]]) -> list[str]:
@@ -75,7 +77,7 @@ class ModelAnswerer:
         from grace.evaluation.batch_answers import greedy_answers
 
         prompts = [question.prompt for question in questions]
-        return greedy_answers(self.engine.model, self.processor, prompts, images, self.max_new_tokens)
+        return greedy_answers(self.engine, prompts, images, self.max_new_tokens)
 
 
 def directory_sha256(directory: Path) -> str:
@@ -110,6 +112,8 @@ class FileAnswerer:
         self.path, self.given = path, read_answers(path)
         self.about = {"path": str(path), "kind": "predictions", "sha256": sha256_of(path)}
         self.outputs: dict[str, str] = {}
+        self._unnamed = {one.id for one in self.given if one.task is None}
+        self._used: dict[str, str] = {}  # ids of those: the task that took the answer
 
     def begin(self, task: Task) -> None:
         """Takes the task's answers out of the file.
@@ -119,9 +123,9 @@ class FileAnswerer:
         """
         self.outputs = {}
         for one in self.given:
-            if one.task in (None, task.name):
-                if self.outputs.setdefault(one.id, one.output) != one.output:
-                    raise UserError(f"{self.path} has two answers for id {one.id} of {task.name}: leave one")
+            mine = one.task in (None, task.name)
+            if mine and self.outputs.setdefault(one.id, one.output) != one.output:
+                raise UserError(f"{self.path} has two answers for id {one.id} of {task.name}: leave one")
 
     def fitting(self, task: Task, questions: Sequence[Question]) -> tuple[Task, list[Question]]:
         """The questions, all of which have an answer. Of MMBench only those without rotation, if no rotation has one.
@@ -143,6 +147,14 @@ class FileAnswerer:
                 f"{self.path} has no answer for id {missing[0]!r} of {task.name}{more}: "
                 'give a line {"id": ..., "output": ...} for each'
             )
+        for question in asked:
+            other = (
+                self._used.setdefault(question.id, task.name) if question.id in self._unnamed else task.name
+            )
+            if other != task.name:
+                raise UserError(
+                    f'{self.path}: the answer with id {question.id!r} may be to {other} or to {task.name}: add "task" to its line'
+                )
         return task, asked
 
     def answer(self, questions: Sequence[Question], images: Sequence[Sequence[Image.Image]]) -> list[str]:
@@ -168,11 +180,13 @@ def read_answers(path: Path) -> list[Given]:
             values = json.loads(line)
             name = next(values[key] for key in IDS if key in values)
             output = next(values[key] for key in OUTPUTS if key in values)
+            if values.get("task", "") not in ("", *TASKS):
+                raise ValueError("no such task")
         except (ValueError, TypeError, StopIteration) as error:
             raise UserError(
-                f'{path}: line {number} is no answer: write {{"id": ..., "output": "..."}}'
+                f'{path}: line {number} is no answer: write {{"id": ..., "output": "..."}}, and "task" where there are several'
             ) from error
-        found.append(Given(values.get("task"), str(name), "" if output is None else str(output)))
+        found.append(Given(values.get("task") or None, str(name), "" if output is None else str(output)))
     if not found:
         raise UserError(f"{path} holds no answers: write a JSON object with id and output a line")
     return found

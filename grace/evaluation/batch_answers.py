@@ -1,61 +1,47 @@
-"""Greedy answers to several prompts at once.
-
-Shape suffixes: B batch, L sequence.
-"""
+"""Greedy answers to several prompts side by side."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from PIL import Image
 
 from grace.data.records import Turn
-from grace.data.template import Sample, encode_prompt
-from grace.runtime.generate import generation_config
+from grace.runtime.engine import Engine
+from grace.runtime.sampling import Sampling
 
 
 @torch.inference_mode()
 def greedy_answers(
-    model: Any,
-    processor: Any,
-    prompts: Sequence[str],
-    images: Sequence[Sequence[Image.Image]],
-    max_new_tokens: int,
+    engine: Engine, prompts: Sequence[str], images: Sequence[Sequence[Image.Image]], max_new_tokens: int
 ) -> list[str]:
     """The model's likeliest answers, as text without special tokens.
 
     Args:
+        engine: with at least as many rows as there are prompts.
         prompts: a user's words, with one `<image>` for each picture.
         images: the pictures of each prompt.
+
+    Raises:
+        UserError: a prompt that the model's context cannot hold.
     """
     samples = [
-        encode_prompt([Turn("user", prompt)], pictures, processor)
+        engine.encode([Turn("user", prompt)], pictures)
         for prompt, pictures in zip(prompts, images, strict=True)
     ]
-    inputs = {name: tensor.to(model.device) for name, tensor in left_padded(samples, processor).items()}
-    output_BL = model.generate(
-        **inputs, generation_config=generation_config(model, processor, max_new_tokens)
-    )
-    new_BL = output_BL[:, inputs["input_ids"].shape[1] :]
-    return processor.tokenizer.batch_decode(new_BL, skip_special_tokens=True)
-
-
-def left_padded(samples: Sequence[Sample], processor: Any) -> dict[str, Any]:
-    """Prompts of different lengths as the model's keyword arguments: their ends are aligned, so that all go on at once."""
-    longest = max(len(sample.input_ids_L) for sample in samples)
-
-    def padded(rows: Sequence[torch.Tensor], value: int) -> torch.Tensor:
-        return torch.stack(
-            [torch.nn.functional.pad(row, (longest - len(row), 0), value=value) for row in rows]
-        )
-
-    inputs = {
-        "input_ids": padded([s.input_ids_L for s in samples], processor.tokenizer.pad_token_id),
-        "attention_mask": padded([torch.ones_like(s.input_ids_L) for s in samples], 0),
-        "mm_token_type_ids": padded([s.mm_token_type_ids_L for s in samples], 0),
-    }
-    pixels = [s.pixel_values_PD for s in samples if s.pixel_values_PD is not None]
-    grids = [s.image_grid_thw_N3 for s in samples if s.image_grid_thw_N3 is not None]
-    return inputs | (
-        {"pixel_values": torch.cat(pixels), "image_grid_thw": torch.cat(grids)} if pixels else {}
-    )
+    engine.make_room(max(len(sample.input_ids_L) for sample in samples) + max_new_tokens)
+    streams = [engine.text_stream(sample, Sampling(max_new_tokens)) for sample in samples]
+    decoder = engine.decoder
+    texts = [""] * len(samples)
+    tokens = [int(decoder.prefill(row, sample).argmax()) for row, sample in enumerate(samples)]
+    going = list(range(len(samples)))
+    while going:
+        for row in going:
+            texts[row] += streams[row].push(tokens[row])
+        going = [row for row in going if streams[row].finish_reason is None]
+        if going:
+            logits_RV = decoder.decode(going, [tokens[row] for row in going])
+            for row, token in zip(going, logits_RV.argmax(-1).tolist(), strict=True):
+                tokens[row] = token
+    for row in range(len(samples)):
+        decoder.release(row)
+    return texts

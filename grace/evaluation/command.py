@@ -36,7 +36,7 @@ def run_eval(args: argparse.Namespace) -> int:
             answerer = FileAnswerer(args.predictions)
             _forget(out)
         else:
-            answerer = ModelAnswerer(args.directory, args.kernel)
+            answerer = ModelAnswerer(args.directory, args.kernel, args.batch_size)
         results = evaluate(ready, answerer, out, args.batch_size)
     print(json.dumps(results) if args.json else table(results), end="\n" if args.json else "")
     print(out / RESULTS_FILE, file=sys.stderr)

@@ -1,6 +1,9 @@
 """Answers as models write them: what is read from them, and that nothing is ever made up."""
 
+# ruff: noqa: RUF001 - full-width letters and brackets are what is read here
+
 import string
+import time
 
 import pytest
 from hypothesis import given
@@ -40,9 +43,10 @@ LETTERS = {
     "A. a cat\nB. a dog\nC. a red fox\nD. a fox": None, "a cat and a dog": None, "It is either a cat or a dog.": None,
     "E": None, "The answer is E.": None, "Z": None, "I don't know": None, "I do not know, maybe a dog": None,
     "I'm sorry, but I can't help with that.": None, "I cannot determine the answer from the picture.": None,
-    "Sorry, I can't see A picture": None, "A large animal": None, "A": "A", "An animal": None, "a": "A", "42": None, "?": None,
+    "Sorry, I can't see A picture": None, "A large animal": None, "An animal": None, "42": None, "?": None,
     "I think so": None, "无法判断": None, "The X-ray shows bones": None, "Plan B-52": None, "There's no dogma": None,
-    "Bad": None, "Dog": None, "ABCD": None, "Both": None,
+    "It is 20°C outside": None, "A current of 3 A": None, "Options: A. a cat, B. a dog": None, "D.C. is a town": None, "e.g. this": None,
+    "A. On the whole B. is not right": "A", "Answer: I think B": "B", "答案是A和B": None, "I select a dog": "B", "Bad": None, "Dog": None, "ABCD": None, "Both": None,
 }  # fmt: skip
 
 
@@ -130,6 +134,24 @@ def test_whatever_is_said_gives_one_of_the_letters_or_nothing_and_always_the_sam
 @given(st.text("efghjklmnopqrstuvwxyz .,!?", max_size=60))
 def test_prose_without_any_option_is_never_an_answer(answer):
     assert letter(answer, ("BB1", "BB2", "BB3", "BB4")) is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "answer" + " " * 50_000 + "!",
+        "(" * 50_000,
+        "not a " * 20_000,
+        "A " * 50_000,
+        "the " * 9_000,
+        "answer the " * 9_000,
+    ],
+)
+def test_long_answers_take_no_longer_than_their_length(text):
+    start = time.perf_counter()
+    letter(text, ANIMALS)
+    yes_no(text)
+    assert time.perf_counter() - start < 5
 
 
 @given(
