@@ -167,7 +167,7 @@ def write(rows: Sequence[Mapping[str, Any]], path: Path) -> Path:
     else:
         import datasets
 
-        datasets.Dataset.from_list(list(rows)).save_to_disk(str(path))
+        datasets.Dataset.from_list([dict(row) for row in rows]).save_to_disk(str(path))
     return path
 
 

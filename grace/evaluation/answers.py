@@ -25,7 +25,8 @@ class Answerer(Protocol):
         about: what it is, for results and for telling two apart.
     """
 
-    about: Mapping[str, Any]
+    @property
+    def about(self) -> Mapping[str, Any]: ...
 
     def begin(self, task: Task) -> None:
         """What comes next are questions of this task."""

@@ -11,7 +11,7 @@ from typing import Any
 from grace.errors import UserError
 from grace.evaluation.answers import Answerer, FileAnswerer, ModelAnswerer
 from grace.evaluation.compare import compare, comparison_table
-from grace.evaluation.harness import Asked, about_harness, prepare, run_task
+from grace.evaluation.harness import Asked, about_harness, data_paths, prepare, run_task
 from grace.evaluation.question import Task
 from grace.evaluation.report import merged, table
 from grace.evaluation.store import RESULTS_FILE, RUN_FILE, TABLE_FILE, claim, read_json
@@ -70,21 +70,6 @@ def _with_answers(asked: Asked, answerer: FileAnswerer) -> Asked:
     if task.primary != asked.task.primary:
         print(f"{task.name}: no answers to rotations, so only {task.primary} is scored", file=sys.stderr)
     return dataclasses.replace(asked, task=task, questions=questions)
-
-
-def data_paths(items: Sequence[str]) -> dict[str, str]:
-    """NAME=PATH items as a mapping.
-
-    Raises:
-        UserError: another form, an unknown task, or one twice.
-    """
-    paths: dict[str, str] = {}
-    for item in items:
-        name, equals, path = item.partition("=")
-        if not equals or not path or name not in TASKS or name in paths:
-            raise UserError(f"--data {item!r} must be NAME=PATH, each name once, of: {', '.join(TASKS)}")
-        paths[name] = path
-    return paths
 
 
 def _check(args: argparse.Namespace) -> None:

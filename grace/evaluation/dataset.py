@@ -34,7 +34,9 @@ class Table(Protocol):
 
     origin: str
     folder: Path
-    columns: Sequence[str]
+
+    @property
+    def columns(self) -> Sequence[str]: ...
 
     def __len__(self) -> int: ...
 
@@ -189,7 +191,7 @@ def _open_folder(path: Path, split: str, config: str | None) -> Table:
         if isinstance(dataset, datasets.DatasetDict):
             if split not in dataset:
                 raise UserError(
-                    f"{path} has no split {split} (it has {', '.join(dataset)}): give one split's folder"
+                    f"{path} has no split {split} (it has {', '.join(map(str, dataset))}): give one split's folder"
                 )
             dataset = dataset[split]
         return DatasetTable(str(path), path, dataset)

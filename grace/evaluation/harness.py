@@ -16,6 +16,7 @@ from grace.evaluation.judge import judged, scores
 from grace.evaluation.pictures import Pictures
 from grace.evaluation.question import HARNESS, Question, Sample, Task
 from grace.evaluation.store import SampleFile, answered
+from grace.evaluation.tasks import TASKS
 
 Advance = Callable[[str, int, int | None], None]
 FILE_KINDS = ("", ".parquet", ".tsv", ".jsonl", ".json")
@@ -33,6 +34,21 @@ class Asked:
     questions: list[Question]
     pictures: Pictures
     data: Mapping[str, Any]
+
+
+def data_paths(items: Sequence[str], flag: str = "--data") -> dict[str, str]:
+    """TASK=PATH items as a mapping.
+
+    Raises:
+        UserError: another form, an unknown task, or one twice.
+    """
+    paths: dict[str, str] = {}
+    for item in items:
+        name, equals, path = item.partition("=")
+        if not equals or not path or name not in TASKS or name in paths:
+            raise UserError(f"{flag} {item!r} must be TASK=PATH, each name once, of: {', '.join(TASKS)}")
+        paths[name] = path
+    return paths
 
 
 def prepare(task: Task, given: Mapping[str, str], root: Path | None, limit: int | None, out: Path) -> Asked:

@@ -128,8 +128,9 @@ def test_a_saved_dataset_of_several_splits(tmp_path):
 def test_the_hub_is_read_by_its_own_library_with_pictures_left_encoded(tmp_path, monkeypatch):
     """A local copy of a repository goes through the same code as one on the Hub; the image feature included."""
     import datasets
+    from datasets import config
 
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(config, "HF_DATASETS_CACHE", tmp_path / "cache")
     features = datasets.Features(
         {
             "index": datasets.Value("int64"),

@@ -302,8 +302,8 @@ def test_an_answer_to_two_tasks_must_say_which(tmp_path, capsys):
     ("arguments", "mentioned"),
     [
         ([], "give a model directory"), (["x"], "give --tasks"), (["x", "--predictions", "y", "--tasks", "ai2d"], "give a model directory"),
-        (["x", "--tasks", "mmlu"], "'mmlu'"), (["x", "--tasks", "ai2d", "--data", "ai2d"], "NAME=PATH"),
-        (["x", "--tasks", "ai2d", "--data", "mmlu=y"], "NAME=PATH"), (["x", "--compare", "a", "b"], "leave out the rest"),
+        (["x", "--tasks", "mmlu"], "'mmlu'"), (["x", "--tasks", "ai2d", "--data", "ai2d"], "TASK=PATH"),
+        (["x", "--tasks", "ai2d", "--data", "mmlu=y"], "TASK=PATH"), (["x", "--compare", "a", "b"], "leave out the rest"),
         (["--predictions", "/nowhere.jsonl", "--tasks", "ai2d", "--data", "ai2d=/nowhere"], "there is no /nowhere"),
         (["/nowhere", "--tasks", "ai2d", "--data-root", "/nowhere"], "no ai2d"),
     ],
