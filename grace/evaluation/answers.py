@@ -82,10 +82,10 @@ class ModelAnswerer:
 
 
 def directory_sha256(directory: Path) -> str:
-    """Digest of all files of a model: names and contents."""
+    """Digest of all files of a model, names and contents, but for texts: a card is written after the evaluation."""
     digest = hashlib.sha256()
     for path in sorted(directory.rglob("*")):
-        if path.is_file():
+        if path.is_file() and path.suffix != ".md" and not path.name.startswith("."):
             digest.update(f"{path.relative_to(directory)}\0{sha256_of(path)}\n".encode())
     return digest.hexdigest()
 
@@ -141,26 +141,28 @@ class FileAnswerer:
             base = [question for question in asked if question.id == question.labels["base"]]
             if len(base) < len(asked):
                 task, asked = mmbench.VANILLA, base
-        missing = [question.id for question in asked if question.id not in self.outputs]
+        missing = [question.id for question in asked if self._name(question) not in self.outputs]
         if missing:
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
             raise UserError(
                 f"{self.path} has no answer for id {missing[0]!r} of {task.name}{more}: "
                 'give a line {"id": ..., "output": ...} for each'
             )
-        for question in asked:
-            other = (
-                self._used.setdefault(question.id, task.name) if question.id in self._unnamed else task.name
-            )
+        for name in self._unnamed.intersection(map(self._name, asked)):
+            other = self._used.setdefault(name, task.name)
             if other != task.name:
                 raise UserError(
-                    f'{self.path}: the answer with id {question.id!r} may be to {other} or to {task.name}: add "task" to its line'
+                    f'{self.path}: the answer with id {name!r} may be to {other} or to {task.name}: add "task" to its line'
                 )
         return task, asked
 
+    def _name(self, question: Question) -> str:
+        """The id under which the file has the answer."""
+        return question.id if question.id in self.outputs or question.row is None else str(question.row)
+
     def answer(self, questions: Sequence[Question], images: Sequence[Sequence[Image.Image]]) -> list[str]:
         """What the file says."""
-        return [self.outputs[question.id] for question in questions]
+        return [self.outputs[self._name(question)] for question in questions]
 
 
 def read_answers(path: Path) -> list[Given]:

@@ -37,6 +37,7 @@ class Question:
         group: samples with the same group are no independent evidence; None takes the first picture's digest.
         labels: names that scores are broken down by, or counted together by.
         kind: how an answer is read.
+        row: of the dataset, from 0, where that may stand for the id.
     """
 
     id: str
@@ -47,6 +48,7 @@ class Question:
     group: str | None = None
     labels: Mapping[str, str] = dataclasses.field(default_factory=dict)
     kind: Literal["letter", "yes_no", "open", "exact"] = "letter"
+    row: int | None = None
 
     @property
     def prompt_sha256(self) -> str:

@@ -1,10 +1,11 @@
 """Results for programs (`results.json`) and for people (`results.md`)."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from grace.evaluation.store import identity
-from grace.evaluation.tasks import TASKS
+from grace.evaluation.tasks import TASKS, task_named
 
 
 def merged(
@@ -14,14 +15,16 @@ def merged(
     tasks: Mapping[str, Any],
 ) -> dict[str, Any]:
     """The results with those tasks of an earlier call that this one did not run; all of one model."""
-    earlier = (
-        dict(before.get("tasks") or {}) if before and identity(before["model"]) == identity(model) else {}
-    )
+    earlier = dict(before["tasks"]) if before and identity(before["model"]) == identity(model) else {}
     both = {**earlier, **tasks}
+    names = [name for name in TASKS if name in both]
+    limits = {both[name]["data"]["limit"] for name in names}
+    limit = f" --limit {limits.pop()}" if len(limits) == 1 and limits != {None} else ""
     return {
         "harness": dict(harness),
         "model": dict(model),
-        "tasks": {name: both[name] for name in TASKS if name in both},
+        "command": f"grace eval {Path(model['path']).name} --tasks {' '.join(names)}{limit}",
+        "tasks": {name: both[name] for name in names},
     }
 
 
@@ -43,12 +46,19 @@ def table(results: Mapping[str, Any]) -> str:
         "| --- | --- | ---: | ---: | ---: | ---: |",
         *rows,
         "",
-        f"{model['kind']} model {model['path']} ({model['sha256'][:12]}), {harness['name']} {harness['version']} of grace "
+        f"{model['path']} ({model['kind']}, {model['sha256'][:12]}), {harness['name']} {harness['version']} of grace "
         f"{harness['grace']}. Unread: answers in which no option can be read; they count as wrong, nothing is guessed. "
         "Intervals: bootstrap over groups of questions that share a picture or a family.",
     ]
     if limited:
         lines.append(f"Only the first questions were asked (--limit): {', '.join(limited)}.")
+    changed = [
+        name
+        for name, task in results["tasks"].items()
+        if task["spec"]["decoding"] != task_named(name).spec()["decoding"]
+    ]
+    if changed:
+        lines.append(f"Not with the task's own length of answers or pixel budget: {', '.join(changed)}.")
     specs = ", ".join(f"{name} {task['spec_sha256'][:12]}" for name, task in results["tasks"].items())
     lines.append(f"Specs (prompt, pixels, decoding, extraction): {specs}.")
     return "\n".join(lines) + "\n"

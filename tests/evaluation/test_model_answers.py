@@ -13,6 +13,7 @@ from grace.data.batch import collate
 from grace.data.records import load_records
 from grace.data.small_world import write_small_world
 from grace.data.template import encode
+from grace.evaluation import batch_answers
 from grace.evaluation.answers import ModelAnswerer
 from grace.evaluation.batch_answers import greedy_answers
 from grace.evaluation.exact_match import evaluate
@@ -62,6 +63,21 @@ def test_every_kind_of_checkpoint_is_scored(
     kept = (tmp_path / "out" / "small_world.jsonl").read_text()
     assert cli.main(command) == 0  # nothing is left to do
     assert (tmp_path / "out" / "small_world.jsonl").read_text() == kept
+
+
+def test_answers_do_not_depend_on_what_is_asked_beside_them(world: Path, tmp_path: Path, monkeypatch):
+    """Alone, side by side, and where the cache holds only some at a time."""
+    engine = load(resource(STUDENT), torch.float32, rows=1)
+    asked = prepare(task_named("small_world"), {"small_world": str(world)}, None, 6, tmp_path)
+    prompts = [question.prompt for question in asked.questions]
+    images = [
+        [asked.pictures.image(picture) for picture in question.pictures] for question in asked.questions
+    ]
+    together = greedy_answers(engine, prompts, images, 40)
+    assert [greedy_answers(engine, [p], [i], 40)[0] for p, i in zip(prompts, images, strict=True)] == together
+    monkeypatch.setattr(batch_answers, "CACHE_TOKENS", 600)
+    assert greedy_answers(engine, prompts, images, 40) == together
+    assert engine.decoder.rows == 2 and engine.decoder.context == 256
 
 
 def test_a_task_sets_its_pixel_budget_and_length(tiny_student_dir: Path):

@@ -203,6 +203,23 @@ def test_hallusionbench_asks_without_a_picture_where_there_is_none(tmp_path):
     assert asked[0].prompt == "Is 0.0 so? Please answer yes or no." and asked[0].pictures == ()
 
 
+def test_rows_without_ids_are_named_by_their_number(tmp_path, capsys):
+    """HallusionBench has none of its own: the authors' name for a question, or its row."""
+    data = write(ROWS["hallusionbench"](), tmp_path / "rows.parquet")
+    outputs = {str(row): answer for row, answer in enumerate(ANSWERS["hallusionbench"][0].values())}
+    predictions = write_predictions(tmp_path / "answers.jsonl", outputs)
+    arguments = [
+        "--predictions",
+        str(predictions),
+        "--tasks",
+        "hallusionbench",
+        "--data",
+        f"hallusionbench={data}",
+    ]
+    task = evaluated([*arguments, "--out", str(tmp_path / "out")], capsys)["tasks"]["hallusionbench"]
+    assert task["metrics"]["qAcc"]["score"] == pytest.approx(1 / 3)
+
+
 def test_every_task_says_where_it_comes_from():
     specs = [task_named(name) for name in TASKS]
     assert len({task.spec_sha256 for task in specs}) == len(TASKS)

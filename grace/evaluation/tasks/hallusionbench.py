@@ -63,6 +63,7 @@ def questions(table: Table) -> tuple[list[Question], Mapping[str, int]]:
                 _set_of(labels),
                 labels,
                 "yes_no",
+                row,
             )
         )
     fields.unique([question.id for question in asked], range(len(asked)), "question_id")

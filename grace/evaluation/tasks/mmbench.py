@@ -73,9 +73,7 @@ def _asked(
         )  # fmt: skip
         right = LETTERS[(gold - turn) % count]
         asked.append(
-            Question(
-                str(index + turn * ROTATION), prompt, (picture,), tuple(turned), (right,), str(base), labels
-            )
+            Question(str(index + turn * ROTATION), prompt, (picture,), tuple(turned), (right,), labels=labels)
         )
     return asked
 
