@@ -54,7 +54,7 @@ def build_parser() -> Parser:
         _add_teacher_cache,
         _add_export,
         _add_generate,
-        add_eval,
+        _add_eval,
         _add_inspect,
     ):
         add(commands)
@@ -142,6 +142,10 @@ def _add_generate(commands: "argparse._SubParsersAction[Parser]") -> None:
         "--kernel", choices=KERNELS, default="auto", help="for packed layers; default: %(default)s"
     )
     _add_json(parser)
+
+
+def _add_eval(commands: "argparse._SubParsersAction[Parser]") -> None:
+    add_eval(commands, KERNELS)
 
 
 def _add_inspect(commands: "argparse._SubParsersAction[Parser]") -> None:

@@ -1,16 +1,19 @@
 """Arguments of `grace eval`."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from grace.arguments import add, add_json, integer
 from grace.errors import Parser
 
-KERNELS = ("auto", "aten", "dequant", "reference")  # as in grace.cli
 
+def add_eval(commands: "argparse._SubParsersAction[Parser]", kernels: Sequence[str]) -> None:
+    """`grace eval` and its arguments.
 
-def add_eval(commands: "argparse._SubParsersAction[Parser]") -> None:
-    """`grace eval` and its arguments."""
+    Args:
+        kernels: for packed layers.
+    """
     parser = add(commands, "eval", "Score a model on benchmarks, or compare two scored ones.", _eval, "eval")
     parser.add_argument(
         "directory", metavar="DIR", nargs="?", type=Path, help="an exported, trained or plain model"
@@ -37,7 +40,7 @@ def add_eval(commands: "argparse._SubParsersAction[Parser]") -> None:
     )
     parser.add_argument("--batch-size", type=integer(1), default=8, metavar="N", help="default: %(default)s")
     parser.add_argument(
-        "--kernel", choices=KERNELS, default="auto", help="for packed layers; default: %(default)s"
+        "--kernel", choices=kernels, default="auto", help="for packed layers; default: %(default)s"
     )
     parser.add_argument(
         "--predictions", type=Path, metavar="FILE",

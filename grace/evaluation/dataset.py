@@ -112,18 +112,20 @@ class DatasetTable:
     def __init__(self, origin: str, folder: Path, dataset: Any):
         self.origin, self.folder = origin, folder
         self.columns = list(dataset.column_names)
-        self.dataset = dataset.with_format("arrow")
+        arrow = dataset.with_format("arrow")
+        self._of_column = {name: arrow.select_columns([name]) for name in self.columns}
+        self._rows = len(arrow)
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return self._rows
 
     def column(self, name: str) -> list[Any]:
         """All values of one column."""
-        return self.dataset.select_columns([name])[:][name].to_pylist()
+        return self._of_column[name][:][name].to_pylist()
 
     def cell(self, row: int, name: str) -> Any:
         """One value."""
-        return self.dataset.select_columns([name])[row : row + 1][name][0].as_py()
+        return self._of_column[name][row : row + 1][name][0].as_py()
 
 
 # ---------------------------------------------------------------- opening

@@ -106,7 +106,12 @@ def _made_small_world(out: Path, limit: int | None) -> Path:
     size = limit or SPLIT_SIZES["test"]
     folder = out / f"small_world_{size}"
     if not folder.exists():
-        write_small_world(folder, splits={"test": size})
+        try:
+            write_small_world(folder, splits={"test": size})
+        except ModuleNotFoundError as error:
+            raise UserError(
+                f"the small world is made with {error.name}: pip install 'grace[demo]', or give --data small_world=FILE"
+            ) from error
     return folder / "test.json"
 
 
