@@ -171,10 +171,8 @@ def _by_text(text: str, known: str, wanted: Sequence[str]) -> set[str]:
 
 
 def _is_word(mark: str, text: str, end: int) -> bool:
-    """Whether a bare letter is the article, the pronoun, or a letter in passing: another word follows."""
-    if not _FOLLOWED.match(text, end):
-        return False
-    return mark == "I" or mark.islower() or (mark == "A" and not _AFTER_ANSWER.match(text, end))
+    """Whether a bare letter is the article or the pronoun: another word follows, and none that follows an answer."""
+    return mark in "AaIi" and _FOLLOWED.match(text, end) is not None and not _AFTER_ANSWER.match(text, end)
 
 
 def _denied(text: str, start: int, end: int) -> bool:

@@ -46,7 +46,9 @@ LETTERS = {
     "Sorry, I can't see A picture": None, "A large animal": None, "An animal": None, "42": None, "?": None,
     "I think so": None, "无法判断": None, "The X-ray shows bones": None, "Plan B-52": None, "There's no dogma": None,
     "It is 20°C outside": None, "A current of 3 A": None, "Options: A. a cat, B. a dog": None, "D.C. is a town": None, "e.g. this": None,
-    "A. On the whole B. is not right": "A", "Answer: I think B": "B", "答案是A和B": None, "I select a dog": "B", "Bad": None, "Dog": None, "ABCD": None, "Both": None,
+    "A. On the whole B. is not right": "A", "Answer: I think B": "B", "I think the answer is b because it barks": "B", "the correct choice is c, the red one": "C",
+    "the answer is a since it meows": "A", "B选项": "B", "我选择B。": "B", '{"answer": "B"}': "B", "\\(B\\)": "B", "Answer: A dog is there": "B",
+    "B B B": "B", "None of the options": None, "Option (B) and (C)": None, "答案是A和B": None, "I select a dog": "B", "Bad": None, "Dog": None, "ABCD": None, "Both": None,
 }  # fmt: skip
 
 
