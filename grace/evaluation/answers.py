@@ -38,7 +38,7 @@ class Answerer(Protocol):
 
 
 class ModelAnswerer:
-    """A GRACE, plain or packed checkpoint.
+    """A GRACE, plain or packed checkpoint, on the GPU if there is one.
 
     Args:
         batch_size: the most questions at a time.
@@ -48,6 +48,7 @@ class ModelAnswerer:
     """
 
     def __init__(self, directory: Path, kernel: str, batch_size: int):
+        import torch
         import transformers
 
         from grace.runtime.engine import load
@@ -55,13 +56,18 @@ class ModelAnswerer:
 
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
-        self.directory, self.engine = directory, load(directory, kernel=kernel, rows=batch_size)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.directory, self.engine = (
+            directory,
+            load(directory, kernel=kernel, rows=batch_size, device=device),
+        )
         self.about = {
             "path": str(directory),
             "kind": self.engine.kind,
             "sha256": directory_sha256(directory),
             "dtype": str(self.engine.model.dtype).removeprefix("torch."),
             "kernels": describe_kernels(self.engine.model),
+            "device": device,
         }
         self.max_new_tokens = 1
 

@@ -36,7 +36,7 @@ _BRACES = str.maketrans({"{": "(", "}": ")"})
 _ALONE = re.compile(r"[\s(\"']*([A-Za-z])[\s)\"'.,:;!]*")
 _STATED = re.compile(
     r"(?:\b(?:answers?|option|choice|letter)\b\s*(?:(?:is|are|would be|should be|must be|will be)\b)?"
-    r"|\b(?:choose|select|pick|chose|go with|boxed)\b"
+    r"|\b(?:choose|select|pick|chose|go with|would say|boxed)\b"
     r"|答案(?:应该)?(?:是|为|选)?|选择?|选项)"
     r"(?:the\b|option\b|choice\b|letter\b|answer\b|most likely\b|probably\b|clearly\b|therefore\b|[:=>\-\s]){0,12}"
     r"(?P<dress>[(\"'\s]*)(?P<letter>[A-Za-z])(?![A-Za-z0-9'])",

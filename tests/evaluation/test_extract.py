@@ -48,7 +48,7 @@ LETTERS = {
     "It is 20°C outside": None, "A current of 3 A": None, "Options: A. a cat, B. a dog": None, "D.C. is a town": None, "e.g. this": None,
     "A. On the whole B. is not right": "A", "Answer: I think B": "B", "I think the answer is b because it barks": "B", "the correct choice is c, the red one": "C",
     "the answer is a since it meows": "A", "B选项": "B", "我选择B。": "B", '{"answer": "B"}': "B", "\\(B\\)": "B", "Answer: A dog is there": "B",
-    "B B B": "B", "None of the options": None, "Option (B) and (C)": None, "答案是A和B": None, "I select a dog": "B", "Bad": None, "Dog": None, "ABCD": None, "Both": None,
+    "B B B": "B", "Looking at A and B, I would say A.": "A", "I would say a dog": "B", "None of the options": None, "Option (B) and (C)": None, "答案是A和B": None, "I select a dog": "B", "Bad": None, "Dog": None, "ABCD": None, "Both": None,
 }  # fmt: skip
 
 
