@@ -186,3 +186,10 @@ def write_predictions(path: Path, outputs: Mapping[str, str]) -> Path:
         "".join(json.dumps({"id": name, "output": text}) + "\n" for name, text in outputs.items())
     )
     return path
+
+
+def write_all(folder: Path, answers: Path) -> None:
+    """Every benchmark as parquet, named like its task, and answers to MMBench."""
+    for name, rows in ROWS.items():
+        write(rows(), folder / f"{name}.parquet")
+    write_predictions(answers, {str(row["index"]): "A" for row in mmbench()})

@@ -220,6 +220,13 @@ def test_rows_without_ids_are_named_by_their_number(tmp_path, capsys):
     assert task["metrics"]["qAcc"]["score"] == pytest.approx(1 / 3)
 
 
+@pytest.mark.parametrize("name", TASKS)
+def test_the_manual_names_every_task(name):
+    assert f"| `{name}` |" in (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text(
+        encoding="utf-8"
+    )
+
+
 def test_every_task_says_where_it_comes_from():
     specs = [task_named(name) for name in TASKS]
     assert len({task.spec_sha256 for task in specs}) == len(TASKS)
