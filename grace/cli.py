@@ -1,6 +1,6 @@
 """The `grace` command. Every import of an implementation waits until its sub-command runs.
 
-grace demo | data ... | train | report | teacher-cache | export | generate | inspect | serve
+grace demo | data ... | train | report | teacher-cache | export | generate | serve | eval | inspect
 """
 
 import argparse
@@ -13,6 +13,7 @@ from grace.arguments import add as _add
 from grace.arguments import add_json as _add_json
 from grace.arguments import add_teacher_cache, add_train, byte_size, integer, number
 from grace.cli_data import add_data
+from grace.cli_eval import add_eval
 from grace.cli_serve import add_serve
 from grace.errors import Parser, UserError, run_command
 
@@ -54,6 +55,7 @@ def build_parser() -> Parser:
         _add_teacher_cache,
         _add_export,
         _add_generate,
+        _add_eval,
         _add_inspect,
     ):
         add(commands)
@@ -142,6 +144,10 @@ def _add_generate(commands: "argparse._SubParsersAction[Parser]") -> None:
         "--kernel", choices=KERNELS, default="auto", help="for packed layers; default: %(default)s"
     )
     _add_json(parser)
+
+
+def _add_eval(commands: "argparse._SubParsersAction[Parser]") -> None:
+    add_eval(commands, KERNELS)
 
 
 def _add_inspect(commands: "argparse._SubParsersAction[Parser]") -> None:

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from grace.errors import UserError
 from grace.recipe_check import build, dump_yaml, matching, number, parse_yaml, read_by, show, suggest
-from grace.recipe_parts import Part, parts_of
+from grace.recipe_parts import EvalTasks, Part, parts_of
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class Optim:
 
 
 @dataclass(frozen=True)
-class Run:
+class Run(EvalTasks):
     """Where the run lives, how long it is, what it reports."""
 
     output_dir: str

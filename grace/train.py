@@ -37,6 +37,7 @@ from grace.run import Run, claimed, compute_dtype, set_up, total_steps
 from grace.run_data import load_run_data, require_same_on_all_ranks
 from grace.run_info import announce, publish_model
 from grace.run_save import resume, save_final_model, save_resume_state
+from grace.run_tasks import QuickTasks, quick_tasks, task_scores
 from grace.schedule import learning_rate_factor
 from grace.step import NonFiniteLoss, forward_backward, reduce_sum, run_teacher
 from grace.step_inputs import StepBatches, StepInputs
@@ -96,6 +97,7 @@ def train(recipe: Recipe, allow_changed: Sequence[str] = ()) -> Path:
         for note in data.notes():
             accelerator.print(note, file=sys.stderr)
         records, validation = data.records, data.validation[: recipe.run.eval_records]
+        quick = quick_tasks(recipe)
         cached = recipe.distils and recipe.teacher.cache is not None
         cache = open_cache(recipe, processor, records) if cached else None
         steps = total_steps(recipe, mixture_of(records).epoch)
@@ -110,7 +112,7 @@ def train(recipe: Recipe, allow_changed: Sequence[str] = ()) -> Path:
         with tracker.aside():  # W&B may take its time
             announce(tracker, recipe, accelerator)
         try:
-            loop(run, tracker, saver, records, validation, processor)
+            loop(run, tracker, saver, records, validation, processor, quick)
             save_final_model(run, run_dir)
             publish_model(tracker, recipe, run.validation)
         finally:
@@ -130,6 +132,7 @@ def loop(
     records: Sequence[Record],
     validation: Sequence[Record],
     processor: Any,
+    quick: QuickTasks | None = None,
 ) -> None:
     """Steps from `run.step` to the end, logging, validating and saving on the way.
 
@@ -157,6 +160,9 @@ def loop(
             if validation and measure:
                 with tracker.aside():
                     validate(run, tracker, validation, processor)
+            if quick and measure:
+                with tracker.aside():
+                    tracker.log(run.step, task_scores(run, quick, processor))
             stopping = stop.on_any_rank(run.accelerator) and not finished
             if finished or stopping or run.step % settings.save_every == 0:
                 score = run.validation["val/ce"] if run.validation and measure else None

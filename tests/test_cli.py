@@ -41,6 +41,9 @@ USAGE_ERRORS = {
     "generate: top-p above 1": ([*GENERATE, "--top-p", "1.01"], "at most 1"),
     "generate: negative seed": ([*GENERATE, "--seed", "-1"], "at least 0"),
     "generate: unknown kernel": ([*GENERATE, "--kernel", "marlin"], "'dequant'"),
+    "eval: limit 0": (["eval", "x", "--tasks", "ai2d", "--limit", "0"], "at least 1"),
+    "eval: compare one": (["eval", "--compare", "a"], "--compare"),
+    "eval: unknown kernel": (["eval", "x", "--kernel", "marlin"], "'dequant'"),
     "demo: seed in words": (["demo", "--seed", "lucky"], "whole number"),
     "small world: no out": (["data", "small-world"], "--out"),
     "small world: split without size": (
@@ -71,6 +74,8 @@ def test_usage_errors_are_one_line_and_exit_2(capsys, arguments, mentioned):
         ["export", "/nowhere", "--out", "{tmp}/out"],
         ["export", "/nowhere", "--out", "{tmp}/out", "--format", "awq", "--format", "qat", "--json"],
         ["train", "/nowhere.yaml"],
+        ["eval", "/nowhere"],
+        ["eval", "--compare", "/nowhere", "/nowhere"],
         ["train", "small_world/grace_w4.yaml", "run.sede=1", "--dry-run"],
         ["data", "audit", "/nowhere.yaml"],
         ["data", "stats", "/nowhere.yaml", "--json"],
@@ -102,7 +107,7 @@ def test_modules_run_as_commands(module):
 @pytest.mark.parametrize(
     "arguments",
     [
-        *([], ["demo"], ["data"], ["train"], ["export"], ["generate"], ["inspect"]),
+        *([], ["demo"], ["data"], ["train"], ["export"], ["generate"], ["eval"], ["inspect"]),
         *(["data", name] for name in ("audit", "stats", "download", "small-world")),
     ],
     ids=lambda arguments: " ".join(["grace", *arguments]),

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import benchmark_fixtures
 import docs_stand_ins
 import pytest
 import yaml
@@ -86,6 +87,7 @@ def sandbox(tmp_path, tiny_student_dir, tiny_teacher_dir, tiny_world_dir, qat_ru
         shutil.copytree(
             ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("sharegpt4v", "results")
         )
+    benchmark_fixtures.write_all(tmp_path / "data" / "benchmarks", tmp_path / "answers.jsonl")
     for run in ("qwen3vl_2b_bf16", "qwen3vl_2b_w4g128", "demo"):
         (tmp_path / "runs" / run).mkdir(parents=True)
     shutil.copytree(qat_run / "model", tmp_path / "runs" / "demo" / "qat")
