@@ -205,6 +205,11 @@ def _write_qat(folder: Path, qat: QatState) -> None:
             tensors[f"{name}.latent"] = weight.latent_OI.detach().cpu().contiguous()
             tensors[f"{name}.theta"] = weight.theta_OG.detach().cpu().contiguous()
     save_file(tensors, folder / QAT_TENSORS)
+    write_qat_info(folder, qat)
+
+
+def write_qat_info(folder: Path, qat: QatState) -> None:
+    """Writes `info.json` beside the tensors of `grace_qat/`, which are there already."""
     info = {
         **qat.info,
         "format_version": FORMAT_VERSION,

@@ -126,16 +126,7 @@ def deployed_config(config: Mapping[str, Any]) -> dict[str, Any]:
     Those look for `rope_theta`, `rope_scaling` and `tie_word_embeddings` among the text settings, where
     transformers 5 writes `rope_parameters` and keeps the last outside; both are there, with the same values.
     """
-
-    def in_bfloat16(value: Any) -> Any:
-        if not isinstance(value, Mapping):
-            return value
-        return {
-            key: "bfloat16" if key in ("dtype", "torch_dtype") else in_bfloat16(item)
-            for key, item in value.items()
-        }
-
-    whole = {**in_bfloat16(config), "dtype": "bfloat16"}
+    whole = in_dtype(config, "bfloat16")
     text = whole.get("text_config")
     if isinstance(text, dict):
         text.setdefault("tie_word_embeddings", bool(config.get("tie_word_embeddings", False)))
@@ -146,6 +137,19 @@ def deployed_config(config: Mapping[str, Any]) -> dict[str, Any]:
                 "rope_scaling", {key: value for key, value in rope.items() if key != "rope_theta"}
             )
     return whole
+
+
+def in_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """A config and its parts with `dtype` as their type, under whichever name they give it."""
+
+    def changed(value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return value
+        return {
+            key: dtype if key in ("dtype", "torch_dtype") else changed(item) for key, item in value.items()
+        }
+
+    return {**changed(config), "dtype": dtype}
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -18,7 +18,9 @@ from grace.data.faults import Policies
 from grace.data.records import Record, load_records
 from grace.errors import UserError
 from grace.export import awq, compressed_tensors, mlx, parity, qat
+from grace.export.card_inputs import NOTHING, CardInputs, card_inputs
 from grace.export.model_card import model_card
+from grace.export.record import CARD, write_record
 from grace.export.reference import Reference
 from grace.export.source import Source, open_source
 from grace.files import new_directory, require_free
@@ -36,12 +38,14 @@ def run_export(args: argparse.Namespace) -> int:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     records = load_records(Path(args.parity_data)) if args.parity_data else None
+    card = card_inputs(args.base_model, args.results)
     report = export_run(
         Path(args.run),
         Path(args.out),
         tuple(args.format or ("awq",)),
         records,
         max_shard_bytes=args.max_shard_size,
+        card=card,
     )
     for written in report["formats"].values():
         print(f"wrote {written['path']}", file=sys.stderr)
@@ -57,6 +61,7 @@ def export_run(
     validation_records: Sequence[Record] | None = None,
     image_root: str | Path | None = None,
     max_shard_bytes: int | None = None,
+    card: CardInputs = NOTHING,
 ) -> dict[str, Any]:
     """Exports a finished quantized run.
 
@@ -68,6 +73,7 @@ def export_run(
             (its training data if it has none).
         image_root: where the images of the recipe's data are; None takes the recipe's own.
         max_shard_bytes: cuts the weights into files of at most this size; None writes one.
+        card: what the model card cannot know from the run.
 
     Returns:
         `{"source", "formats": {name: {"path", "modules", "bits", "group_size", "parity"}}}`, JSON-able.
@@ -77,7 +83,8 @@ def export_run(
         RuntimeError: the parity gate failed; nothing was published.
     """
     source, out, formats = Path(source), Path(out), tuple(dict.fromkeys(formats))
-    writers = {name: writer(name) for name in formats}
+    for name in formats:
+        writer(name)
     if not formats:
         raise UserError(f"no format: choose from {', '.join(FORMATS)}")
     require_free(out)
@@ -88,20 +95,50 @@ def export_run(
     reference = None
     if packed:
         reference = Reference(opened, parity_records(opened, validation_records, image_root))
-    report: dict[str, Any] = {"source": str(source), "formats": {}}
+    return {
+        "source": str(source),
+        **publish(opened, out, formats, reference, max_shard_bytes, card),
+    }
+
+
+def publish(
+    source: Source,
+    out: Path,
+    formats: Sequence[str],
+    reference: Reference | None,
+    max_shard_bytes: int | None = None,
+    card: CardInputs = NOTHING,
+) -> dict[str, Any]:
+    """Writes, gates and describes each format, and then shows the whole directory under its name.
+
+    Args:
+        reference: what packed formats are asked the same questions as; None compares their tensors alone.
+        card: what the model card cannot know from the run.
+
+    Returns:
+        `{"formats": ...}` of `export_run`.
+
+    Raises:
+        UserError: the source cannot be written in a format, or the disk is full.
+        RuntimeError: the parity gate failed; nothing was published.
+    """
+    report: dict[str, Any] = {}
     with new_directory(out) as scratch:
-        for name, module in writers.items():
+        for name in formats:
             directory, final = (scratch, out) if len(formats) == 1 else (scratch / name, out / name)
             directory.mkdir(exist_ok=True)
-            module.write(opened, directory, max_shard_bytes)
-            figures = gate(opened, module, directory, reference)
+            module = writer(name)
+            module.write(source, directory, max_shard_bytes)
+            figures = gate(source, module, directory, reference)
             print(parity.describe(name, figures), file=sys.stderr)
-            (directory / "README.md").write_text(model_card(opened, name, figures), encoding="utf-8")
-            report["formats"][name] = {
-                "path": str(final), "modules": len(opened.qat.modules), "bits": opened.qat.bits,
-                "group_size": opened.qat.group_size, "parity": figures,
+            (directory / CARD).write_text(model_card(source, name, figures, card), encoding="utf-8")
+            about = {
+                "modules": len(source.qat.modules), "bits": source.qat.bits, "group_size": source.qat.group_size,
+                "parity": figures,
             }  # fmt: skip
-    return report
+            write_record(directory, {"format": name, **about})
+            report[name] = {"path": str(final), **about}
+    return {"formats": report}
 
 
 def writer(name: str) -> ModuleType:
@@ -139,9 +176,11 @@ def gate(source: Source, module: ModuleType, directory: Path, reference: Referen
     Raises:
         RuntimeError: what was written is not the trained model.
     """
-    if reference is None or module is qat:
+    if module is qat:
         return qat.check(source, directory)
     stored = module.read(source, directory)
+    if reference is None:
+        return parity.check_tensors(source, stored)
     if module is awq:
         return parity.check_loaded(reference, stored, directory)
     return parity.check_filled(reference, stored)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grace.checkpoint import is_qat
 from grace.data.batch import collate
 from grace.data.records import Record, open_image
 from grace.data.template import Sample, encode, encode_prompt
@@ -17,6 +18,7 @@ from grace.distill.teacher import supervised
 from grace.export.source import Source
 from grace.models import qwen3vl
 from grace.models.processor import load_processor
+from grace.quant.grid import dequantize
 from grace.runtime.generate import generation_config, load_model, model_inputs
 
 MAX_POSITIONS = 512  # keeps the logits of a 152k vocabulary within 0.3 GB per model
@@ -58,14 +60,25 @@ class Reference:
     @cached_property
     def fp32(self) -> Answers:
         """In float32, with what an export stores as bfloat16 rounded to it."""
-        model = load_model(self.source.directory, torch.float32)
+        model = self.model(torch.float32)
         round_unquantized(model, self.source.qat.modules)
         return self.ask(model)
 
     @cached_property
     def bf16(self) -> Answers:
         """In bfloat16, as deployed."""
-        return self.ask(load_model(self.source.directory, torch.bfloat16))
+        return self.ask(self.model(torch.bfloat16))
+
+    def model(self, dtype: torch.dtype) -> Any:
+        """The source's model; where its directory holds other weights than W_hat, these are put in."""
+        model = load_model(self.source.directory, dtype)
+        if not is_qat(self.source.directory):
+            with torch.no_grad():
+                for name, weight in self.source.qat.modules.items():
+                    codes_OI, scales_OG = weight.codes_OI, weight.scales_OG
+                    parameter = model.get_parameter(f"{name}.weight")
+                    parameter.copy_(dequantize(codes_OI, scales_OG, self.source.qat.group_size))
+        return model
 
 
 def prompt_of(record: Record, processor: Any) -> Sample:
