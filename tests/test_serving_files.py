@@ -45,7 +45,11 @@ def call(folder: Path, *arguments: str, without: str = "", **variables: str) -> 
     calls.unlink(missing_ok=True)
     if without:
         (folder / without).unlink()
-    environment = {"PATH": f"{folder}:/usr/bin:/bin", "CALLS": str(calls), "FAIL": str(folder.parent / "fail")}
+    environment = {
+        "PATH": f"{folder}:/usr/bin:/bin",
+        "CALLS": str(calls),
+        "FAIL": str(folder.parent / "fail"),
+    }
     done = subprocess.run(
         ["/bin/bash", str(SCRIPT), *arguments],
         env=environment | variables,
@@ -62,7 +66,11 @@ def call(folder: Path, *arguments: str, without: str = "", **variables: str) -> 
 def test_exports_and_serves_with_what_is_installed(stand_ins: Path):
     code, said, calls = call(stand_ins, "run", "out")
     assert code == 0 and "curl http://127.0.0.1:8000/v1/models" in said
-    assert calls == ["grace export run --out out --format awq", "vllm serve out --host 127.0.0.1 --port 8000", "key="]
+    assert calls == [
+        "grace export run --out out --format awq",
+        "vllm serve out --host 127.0.0.1 --port 8000",
+        "key=",
+    ]
 
 
 def test_sglang_gets_what_it_can_compute(stand_ins: Path):
@@ -89,7 +97,9 @@ def test_the_key_reaches_vllm_by_its_environment(stand_ins: Path):
 def test_an_export_is_served_as_it_is(stand_ins: Path):
     call(stand_ins, "run", "out", "--format", "compressed-tensors", "--dry-run")
     assert not (stand_ins.parent / "out").exists()
-    call(stand_ins, "run", "out", "--format", "compressed-tensors", GRACE_EXPORT_OPTIONS="--max-shard-size 2GB")
+    call(
+        stand_ins, "run", "out", "--format", "compressed-tensors", GRACE_EXPORT_OPTIONS="--max-shard-size 2GB"
+    )
     code, said, calls = call(stand_ins, "-", "out")
     assert code == 0 and calls == ["vllm serve out --host 127.0.0.1 --port 8000", "key="]
     assert "a checked compressed-tensors export already" in said

@@ -5,7 +5,8 @@
 
 The last is the digest of all the rest. Whoever changes a weight, a config or a figure afterwards no longer
 has a checked export, and `grace push` says so. README.md is not listed: people may add to a card. Nothing in
-it depends on the time or the place of the export, so that a repeated export has the same bytes.
+it depends on the time or the place of the export, and figures are cut to three digits (the others change with
+the number of threads), so that a repeated export has the same bytes.
 """
 
 import hashlib
@@ -35,7 +36,7 @@ def write_record(directory: Path, about: Mapping[str, Any]) -> None:
         for name, path in files_of(directory).items()
         if name not in (RECORD, CARD)
     }
-    record = {"format_version": RECORD_VERSION, "grace": __version__, **about, "files": files}
+    record = {"format_version": RECORD_VERSION, "grace": __version__, **_three_digits(about), "files": files}
     record["sha256"] = _digest(record)
     text = json.dumps(record, indent=2, sort_keys=True) + "\n"
     (directory / RECORD).write_text(text, encoding="utf-8")
@@ -80,6 +81,14 @@ def files_of(directory: Path) -> dict[str, Path]:
         path.relative_to(directory).as_posix(): path for path in directory.rglob("*") if not path.is_dir()
     }
     return dict(sorted(found.items()))
+
+
+def _three_digits(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _three_digits(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_three_digits(item) for item in value]
+    return float(f"{value:.3g}") if isinstance(value, float) else value
 
 
 def _digest(record: Mapping[str, Any]) -> str:

@@ -89,7 +89,9 @@ def test_the_base_model_is_the_one_on_the_hub(source: Source):
 def test_metrics_come_with_what_made_them(source: Source):
     card = model_card(source, "awq", FIGURES, CardInputs(results=RESULTS))
     assert "Measured by `grace eval DIR --tasks ai2d,mmstar --out RESULTS` (lmms-eval 0.7.3):" in card
-    assert "| ai2d | accuracy | 0.7123 | 0.69 to 0.73 | 3088 |" in card and "| mmstar |  | 0.5 |  |  |" in card
+    assert (
+        "| ai2d | accuracy | 0.7123 | 0.69 to 0.73 | 3088 |" in card and "| mmstar |  | 0.5 |  |  |" in card
+    )
     assert "by `grace train` with the recipe above" in card and "| val/exact_match | 0.5 |" in card
     assert "None were recorded" in model_card(with_info(source, metrics={}), "awq", FIGURES)
 
@@ -102,7 +104,15 @@ def test_results_of_an_evaluation_reach_the_export(qat_run: Path, tmp_path: Path
 
 @pytest.mark.parametrize(
     "content",
-    ["", "[]", "{}", '{"tasks": {}}', '{"tasks": []}', '{"tasks": {"a": {}}}', '{"tasks": {"a": {"score": NaN}}}'],
+    [
+        "",
+        "[]",
+        "{}",
+        '{"tasks": {}}',
+        '{"tasks": []}',
+        '{"tasks": {"a": {}}}',
+        '{"tasks": {"a": {"score": NaN}}}',
+    ],
 )
 def test_files_without_scores(tmp_path: Path, content: str):
     (tmp_path / "x.json").write_text(content)

@@ -204,7 +204,7 @@ def test_a_kill_in_mid_write_leaves_no_directory(qat_run: Path, tmp_path: Path, 
     assert killed.returncode == -9 and not out.exists()
     assert all(path.name.startswith(".out.tmp-") for path in tmp_path.iterdir())
     export_run(qat_run, out)
-    assert (out / "README.md").is_file()
+    assert (out / "README.md").is_file() and [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_unknown_format(qat_run: Path, tmp_path: Path):
