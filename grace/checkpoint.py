@@ -50,12 +50,16 @@ VERBATIM_FILES = (
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """One quantized linear: what is deployed (codes, scales) and what is trained (latent, theta)."""
+    """One quantized linear: what is deployed (codes, scales) and what is trained (latent, theta).
+
+    W = scales * codes; with zero points, which only other people's checkpoints have, scales * (codes - zeros).
+    """
 
     codes_OI: Tensor  # int8
-    scales_OG: Tensor  # bfloat16
+    scales_OG: Tensor  # bfloat16; from other people's files float16 or float32 too
     latent_OI: Tensor | None = None  # float32
     theta_OG: Tensor | None = None  # float32, log of the unsnapped scale
+    zeros_OG: Tensor | None = None  # int8, in the range of the codes
 
 
 @dataclass(frozen=True)

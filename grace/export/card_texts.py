@@ -1,7 +1,7 @@
 """What a model card says about each format: what is in the directory, how to load it, what to know.
 
 `DIR` stands for the directory (or the repository on the Hub), `TYPE` for GGUF's type, `ASK` for the code
-below, `MADE` for trained or rounded.
+below, `MADE` for where codes and scales come from.
 """
 
 LIBRARY = {
@@ -31,6 +31,12 @@ STORED_SCALES = {
     "mlx": "bfloat16",
     "qat": "bfloat16",
 }
+
+LIMITED = (
+    "It inherits the limits and biases of its base model and teacher, may describe what is not in a picture, and "
+    "was measured only as listed above. The parity figures compare it with what it was made from, not with the "
+    "full-precision model."
+)
 
 LIMITS = {
     "awq": "AWQ holds 4 bits only.",

@@ -13,8 +13,19 @@ import yaml
 
 from grace.data.manifest import published_as
 from grace.export.card_inputs import NOTHING, CardInputs
-from grace.export.card_texts import ASK, CITATION, FORMAT_TEXT, LIBRARY, LIMITS, LOAD, STORED_SCALES
-from grace.export.source import Source
+from grace.export.card_texts import (
+    ASK,
+    CITATION,
+    FORMAT_TEXT,
+    LIBRARY,
+    LIMITED,
+    LIMITS,
+    LOAD,
+    STORED_SCALES,
+)
+from grace.export.contents import OURS, OWN, Source
+from grace.export.provenance import KIND_NAMES
+from grace.export.reference_qat import KIND as REFERENCE_QAT
 from grace.quant.grid import SCALE_MAX, SCALE_MIN, code_range
 from grace.recipe_parts import paths_of
 
@@ -34,28 +45,19 @@ def model_card(
         parity: the gate's figures.
         card: what the run does not know of itself.
     """
-    qat = source.qat
     base = card.base_model or _base_model(source)
-    made = "trained" if _rounded(source) is None else "rounded"
     sections = [
         f"---\n{yaml.safe_dump(_front_matter(source, format_name, base, card), sort_keys=False)}---",
-        f"# {PurePath(base).name or 'Qwen3-VL'}, {_origin(source)} W{qat.bits}G{qat.group_size}",
+        f"# {title(source, base)}",
         f"{_about(source)} The vision tower, its mergers, embeddings, head and norms are not quantized.\n\n"
-        f"{FORMAT_TEXT[format_name].replace('MADE', made)}",
+        f"{FORMAT_TEXT[format_name].replace('MADE', _made(source))}",
         "## How to load\n\n"
-        + LOAD[format_name].replace("TYPE", f"Q{qat.bits}_0").replace("ASK", ASK.rstrip()),
+        + LOAD[format_name].replace("TYPE", f"Q{source.qat.bits}_0").replace("ASK", ASK.rstrip()),
         _quantization(source, format_name),
-        _making(source, base),
-        _metrics(source, card),
-        _parity(parity, made),
-        "## Limitations\n\nIt inherits the limits and biases of its base model"
-        f"{' and teacher' if source.recipe else ''}, may describe what is not in a picture, and was measured only "
-        "as listed above. The parity figures compare it with the model before packing, not with the "
-        f"full-precision one. {LIMITS[format_name]}",
-        "## Citation\n\n"
-        + ("" if _rounded(source) is not None else "The method: GRACE, arXiv:2601.22709. ")
-        + f"The base model: Qwen3-VL.{' The weight format: AWQ, arXiv:2306.00978.' if format_name == 'awq' else ''}"
-        + ("" if _rounded(source) is not None else f"\n\n{CITATION}"),
+        *_origin(source, base, card),
+        _parity(parity),
+        f"## Limitations\n\n{LIMITED} {LIMITS[format_name]}",
+        *_citation(source, format_name),
     ]
     return "\n\n".join(section.rstrip() for section in sections) + "\n"
 
@@ -66,8 +68,9 @@ def model_card(
 def _front_matter(source: Source, format_name: str, base: str, card: CardInputs) -> dict[str, Any]:
     bits = source.qat.bits
     tags = ["grace", "qwen3_vl", "quantization", f"int{bits}", format_name]
+    license = _LICENSE if source.kind in OURS else source.qat.info.get("license")
     front: dict[str, Any] = {
-        "license": _LICENSE,
+        **({"license": license} if license else {}),
         "library_name": LIBRARY[format_name],
         "pipeline_tag": "image-text-to-text",
         "tags": tags,
@@ -95,21 +98,43 @@ def _rounded(source: Source) -> Mapping[str, Any] | None:
     return rounded if isinstance(rounded, Mapping) else None
 
 
-def _origin(source: Source) -> str:
-    return "GRACE" if _rounded(source) is None else "round-to-nearest"
+def _by_grace(source: Source) -> bool:
+    """Whether the model was trained by this method: by us, exported by us, or by the public code."""
+    ours = source.kind == OWN and _rounded(source) is None
+    return ours or source.kind == REFERENCE_QAT or bool(source.qat.info.get("sections"))
+
+
+def _made(source: Source) -> str:
+    """Where codes and scales come from, in one word."""
+    if _by_grace(source):
+        return "trained"
+    return "read" if _rounded(source) is None else "rounded"
+
+
+def title(source: Source, base: str) -> str:
+    """What the card is called; `grace.export.provenance` reads it back."""
+    name = PurePath(base).name or ("Qwen3-VL" if _by_grace(source) else source.directory.name)
+    method = {"trained": "GRACE ", "rounded": "round-to-nearest ", "read": ""}[_made(source)]
+    return f"{name}, {method}W{source.qat.bits}G{source.qat.group_size}"
 
 
 def _about(source: Source) -> str:
-    qat, count = source.qat, len(source.qat.modules)
-    if _rounded(source) is None:
+    bits, groups, count = source.qat.bits, source.qat.group_size, len(source.qat.modules)
+    if _by_grace(source):
         return (
-            "A vision-language model distilled at its deployed precision: every linear of the decoder "
-            f"({count} modules) was trained as {qat.bits}-bit codes in groups of {qat.group_size}."
+            f"A vision-language model distilled at its deployed precision: every linear of the decoder ({count} "
+            f"modules) was trained as {bits}-bit codes in groups of {groups}."
         )
+    if _rounded(source) is not None:
+        return (
+            "A vision-language model rounded to nearest, without training: the baseline that trained ones are "
+            f"measured against. Every linear of the decoder ({count} modules) is {bits}-bit codes in groups of "
+            f"{groups}."
+        )
+    zeros = "" if source.symmetric else ", with zero points"
     return (
-        "A vision-language model rounded to nearest, without training: the baseline that trained ones are "
-        f"measured against. Every linear of the decoder ({count} modules) is {qat.bits}-bit codes in groups of "
-        f"{qat.group_size}."
+        f"A vision-language model whose decoder's linears ({count} modules) are {bits}-bit codes in groups of "
+        f"{groups}{zeros}, taken over as another tool quantized them."
     )
 
 
@@ -117,15 +142,21 @@ def _quantization(source: Source, format_name: str) -> str:
     qat = source.qat
     low, high = code_range(qat.bits)
     kinds = sorted({name.rpartition(".")[2] for name in qat.modules})
+    scales = "one per group"
+    if source.kind in OURS:
+        scales += (
+            f", bfloat16 within [2^{math.log2(SCALE_MIN):.0f}, 2^{math.log2(SCALE_MAX):.0f}]; here "
+            f"{STORED_SCALES[format_name]}, the same numbers"
+        )
     rows: Rows = [
         ("quantized", f"{len(qat.modules)} linears of the decoder ({', '.join(kinds)})"),
-        ("codes", f"{qat.bits}-bit integers in [{low}, {high}], symmetric"),
-        ("group size", f"{qat.group_size} along the input"),
         (
-            "scales",
-            f"one per group, bfloat16 within [2^{math.log2(SCALE_MIN):.0f}, 2^{math.log2(SCALE_MAX):.0f}]; "
-            f"here {STORED_SCALES[format_name]}, the same numbers",
+            "codes",
+            f"{qat.bits}-bit integers in [{low}, {high}]" + (", symmetric" if source.symmetric else ""),
         ),
+        ("group size", f"{qat.group_size} along the input"),
+        ("scales", scales),
+        *([] if source.symmetric else [("zero points", "one per group")]),
         ("not quantized", "vision tower, mergers, embeddings, head, norms"),
     ]
     return "## Quantization\n\n" + _table(("", ""), rows)
@@ -134,16 +165,36 @@ def _quantization(source: Source, format_name: str) -> str:
 # ---------------------------------------------------------------- how it was made
 
 
-def _making(source: Source, base: str) -> str:
+def _origin(source: Source, base: str, card: CardInputs) -> list[str]:
+    """How a model was made and what it scored; of a conversion what it was made from, and what that said of itself."""
+    rounded = _rounded(source)
+    if source.kind not in OURS:
+        made = (
+            f"## Source\n\nConverted from {KIND_NAMES[source.kind]}, `{source.directory.name}`: the same integer "
+            "codes, nothing was quantized again."
+        )
+        scores = [] if card.results is None else [f"## Scores\n\n{_scores(card.results)}"]
+        return [made, *source.qat.info.get("sections", []), *scores]
+    made = _training(source, base) if rounded is None else _rounding(source, base, rounded)
+    return [made, _metrics(source, card)]
+
+
+def _rounding(source: Source, base: str, how: Mapping[str, Any]) -> str:
+    command = f"grace quantize MODEL --bits {source.qat.bits} --group-size {source.qat.group_size}"
+    facts: Rows = [
+        ("base model", _short(base)),
+        ("training and data", "none"),
+        ("made by", f"`{command} --scales {how.get('scales')}`"),
+    ]
+    return _list("## Making", facts)
+
+
+def _training(source: Source, base: str) -> str:
     """Base model, data and recipe; file names without the folders they were in."""
-    recipe, info, rounded = source.recipe, source.qat.info, _rounded(source)
-    facts: Rows = [("base model", base if base.count("/") == 1 else PurePath(base).name)]
-    if rounded is not None:
-        command = f"grace quantize MODEL --bits {source.qat.bits} --group-size {source.qat.group_size}"
-        facts += [("training and data", "none"), ("made by", f"`{command} --scales {rounded.get('scales')}`")]
-        return _list("## Making", facts)
+    recipe, info = source.recipe, source.qat.info
     data, teacher = recipe.get("data") or {}, (recipe.get("teacher") or {}).get("path")
-    facts += [
+    facts: Rows = [
+        ("base model", _short(base)),
         ("teacher", _short(teacher) if teacher else "none"),
         ("training data", "; ".join(_with_licence(path) for path in _data_files(source)) or "not recorded"),
         ("validation data", PurePath(str(data.get("validation_path") or "none")).name),
@@ -213,11 +264,22 @@ def _harness(value: Any) -> str:
     return " ".join(map(str, value.values())) if isinstance(value, Mapping) else str(value)
 
 
-def _parity(figures: Mapping[str, Any], made: str) -> str:
+def _parity(figures: Mapping[str, Any]) -> str:
     """The gate's figures as a table."""
-    rows: Rows = [(f"codes and scales equal to the {made} ones", "bit for bit")]
+    rounded = figures.get("scale_rounding")
+    rows: Rows = [("codes and scales equal to those of the source", "bit for bit")]
+    if rounded:
+        largest = f"{rounded['largest_relative']:.1e}"
+        rows = [
+            ("codes equal to those of the source", "bit for bit"),
+            ("float32 scales, to the nearest that the format has", f"within {largest} of themselves"),
+        ]
+    if rounded and "logits_relative" in rounded:
+        rows.append(
+            ("which moves logits, largest difference / largest logit", f"{rounded['logits_relative']:.1e}")
+        )
     if figures.get("dense_identical"):
-        rows.append(("dense tensors equal to those before packing, as bfloat16", "bit for bit"))
+        rows.append(("dense tensors equal to those of the source", "bit for bit"))
     if "exact" in figures:
         exact, fp32 = figures["exact"], figures["exact_greedy"]
         rows += [
@@ -238,7 +300,14 @@ def _parity(figures: Mapping[str, Any], made: str) -> str:
             ("largest logit gap where tokens differ", f"{max(gaps):.3g}" if gaps else "they do not"),
         ]
     said = "Checked by the export on its own files before they were published; `grace_export.json` has the figures."
-    return f"## Parity with the model before packing\n\n{said}\n\n{_table(('figure', 'value'), rows)}"
+    return f"## Parity with the source\n\n{said}\n\n{_table(('figure', 'value'), rows)}"
+
+
+def _citation(source: Source, format_name: str) -> list[str]:
+    method = ["The method: GRACE, arXiv:2601.22709."] if _by_grace(source) else []
+    layout = ["The weight format: AWQ, arXiv:2306.00978."] if format_name == "awq" else []
+    text = " ".join([*method, *layout])
+    return [f"## Citation\n\n{text}" + (f"\n\n{CITATION}" if method else "")] if text else []
 
 
 # ---------------------------------------------------------------- Markdown

@@ -1,36 +1,47 @@
-"""The QAT checkpoint again: for publication, further training, or another export later."""
+"""The QAT checkpoint again: for publication, further training, or another export later.
+
+A trained one is copied, fp32 latents and all. Made from other formats it holds codes, scales and W_hat, and
+no latents: it can be loaded and exported, and a new run can start from its weights. A rounded model has them.
+
+Shape suffixes: O output features, I input features, G groups along the input.
+"""
 
 import shutil
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from grace.checkpoint import (
-    QAT_FOLDER,
-    QAT_TENSORS,
-    copy_verbatim_files,
-    is_qat,
-    read_weight,
-    write_qat_info,
+from grace.checkpoint import FORMAT_VERSION, QAT_FOLDER, QAT_TENSORS, QuantizedWeight, copy_verbatim_files
+from grace.errors import UserError
+from grace.export.contents import OWN, ROUNDED, Source, modules_of
+from grace.export.directory import (
+    Part,
+    dense_names,
+    deployed_config,
+    one_thread,
+    packed_entries,
+    write_json,
 )
-from grace.export.directory import dense_names, in_dtype, module_shapes, one_thread, write_json
 from grace.export.progress import progress
 from grace.export.shards import INDEX, Weights, write_weights
-from grace.export.source import Source
-from grace.export.stream import Entry, TensorFile, write_safetensors
+from grace.export.stream import Entry, write_safetensors
+from grace.files import sha256_of
 from grace.quant.grid import dequantize
+
+LABEL = "QAT"
 
 
 def write(source: Source, directory: Path, max_shard_bytes: int | None = None) -> None:
-    """A run's checkpoint is copied file by file, byte for byte (only with a bound on shards is its weight file
-    cut anew); codes that come from elsewhere are written as a run would have written them.
+    """Writes the directory, all but its README; a trained one file by file, byte for byte.
+
+    With a bound on shards the weight file is cut anew.
     """
-    copy_verbatim_files(source.directory, directory)
-    if not is_qat(source.directory):
-        _write_anew(source, directory, max_shard_bytes)
+    if source.kind != OWN:
+        _write_converted(source, directory, max_shard_bytes)
         return
     shutil.copyfile(source.directory / "config.json", directory / "config.json")
     if max_shard_bytes is None:
@@ -38,62 +49,94 @@ def write(source: Source, directory: Path, max_shard_bytes: int | None = None) -
             shutil.copyfile(path, directory / path.name)
     else:
         weights = source.weights
-        entries = [
-            Entry(name, weights.dtypes[name], shape, partial(weights.pieces, name))
-            for name, shape in weights.shapes.items()
-        ]
+        entries = [_dense(source, name) for name in weights.shapes]
         write_weights(directory, entries, {"format": "pt"}, "qat", max_shard_bytes)
+    copy_verbatim_files(source.directory, directory)
     shutil.copytree(source.directory / QAT_FOLDER, directory / QAT_FOLDER, copy_function=shutil.copyfile)
 
 
-def _write_anew(source: Source, directory: Path, max_shard_bytes: int | None) -> None:
-    """W_hat in fp32, where it is exact, the rest in the type it has; codes, scales and what training starts from."""
-    weights, group_size = source.weights, source.qat.group_size
-    dense, state = [], []
-    for name in dense_names(source):
-        dense.append(Entry(name, weights.dtypes[name], weights.shapes[name], partial(weights.pieces, name)))
-    for name, shape in module_shapes(source).items():
-        dense.append(Entry(f"{name}.weight", torch.float32, shape, partial(_dequantized, source, name)))
-        grouped = (shape[0], shape[1] // group_size)
-        parts = {
-            "codes": (torch.int8, shape, "codes_OI"), "scales": (torch.bfloat16, grouped, "scales_OG"),
-            "latent": (torch.float32, shape, "latent_OI"), "theta": (torch.float32, grouped, "theta_OG"),
-        }  # fmt: skip
-        for part, (dtype, stored, field) in parts.items():
-            state.append(Entry(f"{name}.{part}", dtype, stored, partial(_field, source, name, field)))
-    write_json(directory / "config.json", in_dtype(source.config, "float32"))
-    folder = directory / QAT_FOLDER
-    folder.mkdir()
+def _write_converted(source: Source, directory: Path, max_shard_bytes: int | None) -> None:
+    """W_hat as float32, whatever else as it is, and `grace_qat/` with codes and scales."""
+    group_size = source.qat.group_size
+    weights = [_dense(source, name) for name in dense_names(source)]
+    state: list[Entry] = []
+    for name, (outputs, inputs) in modules_of(source).shapes.items():
+        parts = [
+            Part("codes", torch.int8, (outputs, inputs), lambda weight: weight.codes_OI),
+            Part(
+                "scales",
+                torch.bfloat16,
+                (outputs, inputs // group_size),
+                lambda weight: weight.scales_OG.bfloat16(),
+            ),
+        ]
+        if source.kind == ROUNDED:
+            parts += [
+                Part(
+                    "latent", torch.float32, (outputs, inputs), lambda weight: cast(Tensor, weight.latent_OI)
+                ),
+                Part(
+                    "theta",
+                    torch.float32,
+                    (outputs, inputs // group_size),
+                    lambda weight: cast(Tensor, weight.theta_OG),
+                ),
+            ]
+        state += packed_entries(source, name, parts, LABEL)
+        wide = Part("weight", torch.float32, (outputs, inputs), partial(_wide, group_size))
+        weights += packed_entries(source, name, [wide], LABEL)
     with one_thread():
-        write_weights(directory, dense, {"format": "pt"}, "qat", max_shard_bytes)
+        write_weights(directory, weights, {"format": "pt"}, "qat", max_shard_bytes)
+        (directory / QAT_FOLDER).mkdir()
+        file = directory / QAT_FOLDER / QAT_TENSORS
         with progress("qat state", sum(entry.nbytes for entry in state)) as advance:
-            write_safetensors(folder / QAT_TENSORS, state, {}, advance)
-    write_qat_info(folder, source.qat)
+            write_safetensors(file, state, {"format": "pt"}, advance)
+    info = {
+        **{key: source.qat.info[key] for key in ("base_model", "rounded") if key in source.qat.info},
+        "converted_from": source.kind,
+        "format_version": FORMAT_VERSION,
+        "bits": source.qat.bits,
+        "group_size": group_size,
+        "modules": sorted(source.qat.modules),
+        "state_sha256": sha256_of(file),
+    }
+    write_json(directory / QAT_FOLDER / "info.json", info)
+    write_json(directory / "config.json", deployed_config(source.config, "float32"))
+    copy_verbatim_files(source.directory, directory)
 
 
-def _dequantized(source: Source, name: str) -> Tensor:
-    weight = source.qat.modules[name]
-    return dequantize(weight.codes_OI, weight.scales_OG, source.qat.group_size)
+def _wide(group_size: int, weight: QuantizedWeight) -> Tensor:
+    return dequantize(weight.codes_OI, weight.scales_OG, group_size)
 
 
-def _field(source: Source, name: str, field: str) -> Tensor:
-    return getattr(source.qat.modules[name], field)
+def _dense(source: Source, name: str) -> Entry:
+    weights = source.weights
+    return Entry(name, weights.dtypes[name], weights.shapes[name], partial(weights.pieces, name))
 
 
-def check(source: Source, directory: Path) -> dict[str, Any]:
-    """Checks that codes and scales are written as they were, and that W_hat of every linear is exactly scale * code.
+def check(source: Source, directory: Path, stored: Mapping[str, QuantizedWeight]) -> dict[str, Any]:
+    """Checks that codes and scales are those of the source, and the written W_hat exactly scale * code.
+
+    Args:
+        stored: the quantized linears as read back.
 
     Raises:
-        RuntimeError: one is not.
+        RuntimeError: something differs.
+        UserError: a trained checkpoint whose own weights are not scale * code.
     """
-    written, state = Weights(directory), TensorFile(directory / QAT_FOLDER / QAT_TENSORS)
+    written = Weights(directory)
     for name, weight in source.qat.modules.items():
-        stored = read_weight(state.read, name, source.qat.bits, source.qat.group_size)
-        if not torch.equal(stored.codes_OI, weight.codes_OI) or not torch.equal(
-            stored.scales_OG, weight.scales_OG
-        ):
-            raise RuntimeError(f"parity: {name} was not written as trained; nothing was published")
+        again = stored[name]
+        same = torch.equal(again.codes_OI, weight.codes_OI) and torch.equal(
+            again.scales_OG.float(), weight.scales_OG.float()
+        )
+        if not same:
+            raise RuntimeError(f"parity: {name} was not written as it was; nothing was published")
         expected_OI = dequantize(weight.codes_OI, weight.scales_OG, source.qat.group_size)
         if not torch.equal(written.read(f"{name}.weight").float(), expected_OI):
+            if source.kind == OWN:
+                raise UserError(
+                    f"{source.directory} is damaged (the weights of {name} are not scale * code): train again"
+                )
             raise RuntimeError(f"parity: the weights of {name} are not scale * code; nothing was published")
     return {"codes_identical": True, "weights_identical": True, "modules": len(source.qat.modules)}

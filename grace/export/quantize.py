@@ -11,24 +11,27 @@ Shape suffixes: O output features, I input features, G groups along the input.
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from safetensors import SafetensorError
 from torch import Tensor
 
+from grace.checked_files import damage_of, require_regular
 from grace.checkpoint import QatState, QuantizedWeight, is_qat
 from grace.data.records import Record, load_records
 from grace.errors import UserError
+from grace.export.awq import AWQ_MODULES
 from grace.export.card_inputs import NOTHING, CardInputs, card_inputs
-from grace.export.pack import BITS, publish, require_bits
+from grace.export.contents import PACKING_KEYS, ROUNDED, Modules, Source, is_tied
+from grace.export.fit import BITS, fitted, require_bits
+from grace.export.pack import publish, writer
 from grace.export.progress import progress
 from grace.export.reference import Reference
 from grace.export.shards import Weights
-from grace.export.source import Source, is_export
 from grace.files import require_free
 from grace.models import qwen3vl
+from grace.models.config_check import read_config
 from grace.quant import grid
 from grace.runtime.generate import require_tokenizer
 
@@ -37,6 +40,7 @@ GROUP_SIZES = (32, 64, 128)
 SCALES = {"mse": grid.init_theta, "absmax": grid.absmax_theta}
 RECIPE = "export/llm_compressor.py"  # for the methods that are not ours
 PARITY_RECORDS = 16
+_QUANTIZED = "is quantized already: give the full-precision model it came from"
 
 
 def run_quantize(args: argparse.Namespace) -> int:
@@ -101,15 +105,15 @@ def quantize_model(
         )
     formats = tuple(dict.fromkeys(formats or (default_format(bits),)))
     for name in formats:
-        if name in BITS:
-            require_bits(name, bits)
+        writer(name)
+        require_bits(name, bits)
     require_free(out)
     source = rounded_source(model, bits, group_size, scales)
     reference = None
     if parity_records is not None:
         reference = Reference(source, parity_records[:PARITY_RECORDS])
-    report = publish(source, out, formats, reference, max_shard_bytes, card)
-    return {"source": str(model), "method": method, "scales": scales, **report}
+    written = publish({name: fitted(source, name) for name in formats}, out, reference, max_shard_bytes, card)
+    return {"source": str(model), "method": method, "scales": scales, "formats": written}
 
 
 def default_format(bits: int) -> str:
@@ -124,41 +128,48 @@ def rounded_source(model: Path, bits: int, group_size: int, scales: str = "mse")
         UserError: no such model, one that is quantized already, or weights that do not fit its config.
     """
     directory = _find_plain(model)
-    config = qwen3vl.config_for(str(directory))
-    try:
-        values = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    require_regular(directory)
+    config = read_config(directory)
+    built = qwen3vl.config_of(config, directory)
+    with damage_of(directory, "download it again"):
         weights = Weights(directory)
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UserError(f"{directory} is damaged ({reason}): download it again") from error
     require_tokenizer(directory)
-    names = {name: tuple(layer.weight.shape) for name, layer in _linears(config).items()}
-    for name, shape in names.items():
-        if weights.shapes.get(f"{name}.weight") != shape:
+    names = list(qwen3vl.decoder_linears(qwen3vl.skeleton(built)))
+    for name, shape in qwen3vl.parameter_shapes(built).items():
+        tied = name == "lm_head.weight" and is_tied(config)
+        if not tied and weights.shapes.get(name) != tuple(shape):
             raise UserError(f"{directory} is inconsistent: its config and its weights disagree on {name}")
-        if shape[1] % group_size:
+    for name in names:
+        inputs = weights.shapes[f"{name}.weight"][1]
+        if inputs % group_size:
             raise UserError(
-                f"{name} has {shape[1]} inputs, no multiple of {group_size}: choose another --group-size"
+                f"{name} has {inputs} inputs, no multiple of {group_size}: choose another --group-size"
             )
-    modules = RoundedModules(weights, list(names), bits, group_size, scales)
-    info = {
-        "base_model": directory.resolve().name,
-        "rounded": {"scales": scales},
-        "metrics": {},
-    }
-    return Source(directory, QatState(bits, group_size, modules, info), values, weights)
+    modules = RoundedModules(directory, weights, names, bits, group_size, scales)
+    info = {"base_model": directory.resolve().name, "rounded": {"scales": scales}, "metrics": {}}
+    return Source(directory, QatState(bits, group_size, modules, info), config, weights, ROUNDED)
 
 
-class RoundedModules(Mapping[str, QuantizedWeight]):
+class RoundedModules(Modules):
     """The linears of a full-precision model at few bits: scales found once, codes made when asked for.
 
     Raises:
         UserError: a weight that holds NaN or infinite values.
     """
 
-    def __init__(self, weights: Weights, names: list[str], bits: int, group_size: int, scales: str):
-        self.weights, self.bits, self.group_size = weights, bits, group_size
-        self.shapes = {name: weights.shapes[f"{name}.weight"] for name in names}
+    def __init__(
+        self, where: Path, weights: Weights, names: list[str], bits: int, group_size: int, scales: str
+    ):
+        shapes = {name: cast(tuple[int, int], weights.shapes[f"{name}.weight"]) for name in names}
+        super().__init__(
+            where,
+            shapes,
+            bits,
+            group_size,
+            lambda name: self[name].codes_OI,
+            lambda name: (self._scales[name], None),
+        )
+        self.weights = weights
         self._last: tuple[str, QuantizedWeight] | None = None
         self._scales: dict[str, Tensor] = {}
         with progress(f"scales ({scales})", sum(self._bytes(name) for name in names)) as advance:
@@ -185,16 +196,6 @@ class RoundedModules(Mapping[str, QuantizedWeight]):
         outputs, inputs = self.shapes[name]
         return outputs * inputs * self.weights.dtypes[f"{name}.weight"].itemsize
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.shapes)
-
-    def __len__(self) -> int:
-        return len(self.shapes)
-
-
-def _linears(config: Any) -> dict[str, Any]:
-    return qwen3vl.decoder_linears(qwen3vl.skeleton(config))
-
 
 def _find_plain(model: Path) -> Path:
     """The directory with the weights, of a run or a model.
@@ -207,10 +208,12 @@ def _find_plain(model: Path) -> Path:
         raise UserError(
             f"{directory} was trained at few bits, its codes are not to be made anew: use `grace export`"
         )
-    if is_export(directory):
-        raise UserError(f"{directory} is quantized already: give the full-precision model it came from")
+    if any(directory.glob("*.gguf")) or (directory / AWQ_MODULES).exists():
+        raise UserError(f"{directory} {_QUANTIZED}")
     if not (directory / "config.json").is_file():
         raise UserError(
             f"{model} is no Qwen3-VL directory: give one with config.json and weights, as `hf download` leaves it"
         )
+    if set(PACKING_KEYS) & set(read_config(directory)):
+        raise UserError(f"{directory} {_QUANTIZED}")
     return directory

@@ -7,24 +7,27 @@ Shape suffixes: B batch, L sequence, D hidden width, V vocabulary.
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, Qwen3VLConfig, Qwen3VLForConditionalGeneration
+from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
+from grace.checked_files import reason_of
 from grace.errors import UserError
 from grace.models.attention import PACKED
+from grace.models.config_check import read_config, require_possible
 from grace.models.inputs import ModelInputs
-from grace.models.published import PUBLISHED_SHAPES
+from grace.models.published import PUBLISHED_SHAPES, PUBLISHED_TEXT
 from grace.quant.fake_quant import QuantLinear
 
 DECODER_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 VISION, HEAD = "model.visual", "lm_head"
+VISION_TYPE = "qwen3_vl_vision"  # what transformers 5 calls the tower in config.json
 IMAGE_TOKEN_TYPE = 1  # value of mm_token_type_ids at image tokens
 
 
@@ -48,35 +51,30 @@ def config_for(path: str) -> Qwen3VLConfig:
     Raises:
         UserError: neither a directory with a Qwen3-VL config.json nor a known name.
     """
-    if (Path(path) / "config.json").is_file():
-        try:
-            config = AutoConfig.from_pretrained(path)
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"{path}/config.json cannot be read ({error}): give a Qwen3-VL directory"
-            ) from error
-        if not isinstance(config, Qwen3VLConfig):
-            raise UserError(f"{path} holds a {config.model_type} model: GRACE trains Qwen3-VL")
-        return config
+    if (Path(path) / "config.json").exists():
+        return config_of(read_config(Path(path)), path)
     if path not in PUBLISHED_SHAPES:
         known = ", ".join(PUBLISHED_SHAPES)
         raise UserError(f"no model at {path}: give a directory with config.json, or one of {known}")
     shape = PUBLISHED_SHAPES[path]
-    text = {
-        "vocab_size": 151936,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "max_position_embeddings": 262144,
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": 5_000_000,
-            "mrope_section": [24, 20, 20],
-            "mrope_interleaved": True,
-        },
-        **shape["text"],
-    }
+    text = {**PUBLISHED_TEXT, **shape["text"]}
     vision = {"num_heads": 16, "out_hidden_size": shape["text"]["hidden_size"], **shape["vision"]}
     return Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=shape["tied"])
+
+
+def config_of(stored: Mapping[str, Any], path: str | Path) -> Qwen3VLConfig:
+    """The configuration that a config.json stands for.
+
+    Raises:
+        UserError: not Qwen3-VL's, or values that it refuses.
+    """
+    require_possible(stored, Path(path))
+    try:
+        return Qwen3VLConfig.from_dict(dict(stored))
+    except Exception as error:  # the library raises several types for values that do not fit each other
+        raise UserError(
+            f"{path}/config.json cannot be read ({reason_of(error)}): give a Qwen3-VL directory"
+        ) from error
 
 
 def vocabulary_size(path: str) -> int:
@@ -91,6 +89,34 @@ def skeleton(config: Qwen3VLConfig) -> Qwen3VLForConditionalGeneration:
         model = Qwen3VLForConditionalGeneration(config)
     model.tie_weights()
     return model
+
+
+def parameter_shapes(config: Qwen3VLConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor of a checkpoint, by name; a tied head is not among them."""
+    return {name: tuple(tensor.shape) for name, tensor in skeleton(config).named_parameters()}
+
+
+def from_tensors(
+    config: Qwen3VLConfig, tensors: Mapping[str, Tensor], dtype: torch.dtype
+) -> Qwen3VLForConditionalGeneration:
+    """A model of these tensors, which it shares where they have its `dtype`, in evaluation mode.
+
+    Raises:
+        ValueError: one is missing, has another shape, or is no tensor of the model.
+    """
+    loaded = Qwen3VLForConditionalGeneration.from_pretrained(
+        None,
+        config=config,
+        state_dict=dict(tensors),
+        dtype=dtype,
+        attn_implementation="sdpa",
+        output_loading_info=True,
+    )
+    model, info = cast(tuple[Any, dict[str, Any]], loaded)
+    faults = [f"{fault}: {sorted(map(str, info[fault]))[0]}" for fault in info if info[fault]]
+    if faults:
+        raise ValueError(f"tensors do not make a model ({faults[0]})")
+    return model.eval()
 
 
 def load_model(

@@ -17,7 +17,8 @@ from transformers import AutoConfig, AutoProcessor
 
 from grace.errors import UserError
 from grace.export.directory import deployed_config
-from grace.export.pack import BITS, FORMATS, export_run
+from grace.export.fit import BITS
+from grace.export.pack import FORMATS, export_run
 from grace.models.processor import load_processor
 from grace.runtime.generate import checkpoint_kind, load
 from grace.runtime.inspect import inspect_checkpoint
@@ -90,12 +91,6 @@ def test_what_grace_cannot_run_is_named(exported, name: str, message: str):
         with pytest.raises(UserError, match=message) as caught:
             use(exported[0] / name)
         assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("name", PACKED)
-def test_an_export_is_not_taken_for_a_run(exported, tmp_path: Path, name: str):
-    with pytest.raises(UserError, match="is an export already"):
-        export_run(exported[0] / name, tmp_path / "out")
 
 
 def test_the_qat_export_can_be_exported(exported, tmp_path: Path):

@@ -59,7 +59,7 @@ def test_the_hub_reads_every_card(source: Source, tmp_path: Path, name: str):
     assert {"grace", "int4", name} <= set(data["tags"])
     headings = re.findall(r"^## (.*)$", text, re.MULTILINE)
     assert headings == [
-        *("How to load", "Quantization", "Training", "Metrics", "Parity with the model before packing"),
+        *("How to load", "Quantization", "Training", "Metrics", "Parity with the source"),
         *("Limitations", "Citation"),
     ]
     assert "ASK" not in text and "TYPE" not in text and "MADE" not in text

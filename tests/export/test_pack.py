@@ -19,7 +19,7 @@ from grace.errors import UserError
 from grace.export import awq, parity
 from grace.export.pack import export_run, run_export
 from grace.export.reference import Reference
-from grace.export.source import open_source
+from grace.export.source import open_source, read_back
 
 FILES = {
     "model.safetensors", "config.json", "generation_config.json", "processor_config.json", "tokenizer.json",
@@ -128,7 +128,7 @@ def test_the_gate_stops_a_wrong_export(
     source = open_source(qat_run)
     reference = Reference(source, load_records(tiny_world_dir / "validation.json")[:4])
     with pytest.raises(RuntimeError, match="nothing was published"):
-        parity.check_loaded(reference, awq.read(source, tmp_path / "awq"), tmp_path / "awq")
+        parity.check_loaded(reference, read_back(tmp_path / "awq", "awq"), tmp_path / "awq")
 
 
 def test_a_failed_gate_publishes_nothing(qat_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -238,8 +238,3 @@ def test_command_prints_one_json_object(qat_run: Path, tmp_path: Path, tiny_worl
     report = json.loads(printed.out)
     assert report["formats"]["awq"]["path"] == str(tmp_path / "out")
     assert "parity awq" in printed.err and "tolerance" in printed.err
-
-
-def test_export_of_an_export_is_refused_by_name(awq_dir: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is an export already"):
-        export_run(awq_dir, tmp_path / "again")
