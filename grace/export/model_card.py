@@ -13,6 +13,7 @@ import yaml
 
 from grace.data.manifest import published_as
 from grace.export.card_inputs import NOTHING, CardInputs
+from grace.export.card_tables import Rows, bullets, metrics, parity_table, scores, table
 from grace.export.card_texts import (
     ASK,
     CITATION,
@@ -32,7 +33,6 @@ from grace.recipe_parts import paths_of
 _LICENSE = "apache-2.0"  # that of Qwen3-VL and of GRACE
 # A base model that the Hub knows; any other text is a local path, which it would refuse as `base_model`.
 _HUB_NAME = re.compile(r"Qwen/[\w.-]+")
-Rows = list[tuple[str, Any]]
 
 
 def model_card(
@@ -55,7 +55,7 @@ def model_card(
         + LOAD[format_name].replace("TYPE", f"Q{source.qat.bits}_0").replace("ASK", ASK.rstrip()),
         _quantization(source, format_name),
         *_origin(source, base, card),
-        _parity(parity),
+        parity_table(parity),
         f"## Limitations\n\n{LIMITED} {LIMITS[format_name]}",
         *_citation(source, format_name),
     ]
@@ -159,7 +159,7 @@ def _quantization(source: Source, format_name: str) -> str:
         *([] if source.symmetric else [("zero points", "one per group")]),
         ("not quantized", "vision tower, mergers, embeddings, head, norms"),
     ]
-    return "## Quantization\n\n" + _table(("", ""), rows)
+    return "## Quantization\n\n" + table(("", ""), rows)
 
 
 # ---------------------------------------------------------------- how it was made
@@ -173,10 +173,10 @@ def _origin(source: Source, base: str, card: CardInputs) -> list[str]:
             f"## Source\n\nConverted from {KIND_NAMES[source.kind]}, `{source.directory.name}`: the same integer "
             "codes, nothing was quantized again."
         )
-        scores = [] if card.results is None else [f"## Scores\n\n{_scores(card.results)}"]
-        return [made, *source.qat.info.get("sections", []), *scores]
+        scored = [] if card.results is None else [f"## Scores\n\n{scores(card.results)}"]
+        return [made, *source.qat.info.get("sections", []), *scored]
     made = _training(source, base) if rounded is None else _rounding(source, base, rounded)
-    return [made, _metrics(source, card)]
+    return [made, metrics(source.qat.info.get("metrics"), card.results)]
 
 
 def _rounding(source: Source, base: str, how: Mapping[str, Any]) -> str:
@@ -186,7 +186,7 @@ def _rounding(source: Source, base: str, how: Mapping[str, Any]) -> str:
         ("training and data", "none"),
         ("made by", f"`{command} --scales {how.get('scales')}`"),
     ]
-    return _list("## Making", facts)
+    return bullets("## Making", facts)
 
 
 def _training(source: Source, base: str) -> str:
@@ -201,7 +201,7 @@ def _training(source: Source, base: str) -> str:
         ("optimizer steps", info.get("steps", "not recorded")),
         ("recipe SHA-256", info.get("recipe_sha256", "not recorded")),
     ]
-    text = _list("## Training", facts)
+    text = bullets("## Training", facts)
     settings = {name: dict(recipe[name]) for name in ("quant", "distill", "optim") if recipe.get(name)}
     if settings:
         text += f"\n\n```yaml\n{yaml.safe_dump(settings, sort_keys=False).rstrip()}\n```"
@@ -227,100 +227,8 @@ def _short(path: str) -> str:
     return path if _HUB_NAME.fullmatch(path) else PurePath(path).name
 
 
-# ---------------------------------------------------------------- how good and how true it is
-
-
-def _metrics(source: Source, card: CardInputs) -> str:
-    metrics = source.qat.info.get("metrics")
-    parts = ["## Metrics"]
-    if card.results is not None:
-        parts.append(_scores(card.results))
-    if isinstance(metrics, Mapping) and metrics:
-        made = "On the validation data, at the end of training, by `grace train` with the recipe above."
-        rows: Rows = [(name, _number(value)) for name, value in sorted(metrics.items())]
-        parts.append(f"{made}\n\n{_table(('metric', 'value'), rows)}")
-    if len(parts) == 1:
-        parts.append("None were recorded.")
-    return "\n\n".join(parts)
-
-
-def _scores(results: Mapping[str, Any]) -> str:
-    """Benchmark scores with their 95 % intervals, and the command that made them."""
-    lines = ["| task | metric | score | 95 % interval | questions |", "| --- | --- | ---: | ---: | ---: |"]
-    for name, task in sorted(results["tasks"].items()):
-        low, high = task.get("ci_low"), task.get("ci_high")
-        interval = "" if low is None or high is None else f"{_number(low)} to {_number(high)}"
-        lines.append(
-            f"| {name} | {task.get('metric', '')} | {_number(task['score'])} | {interval} | {task.get('n', '')} |"
-        )
-    command = (
-        results.get("command") or f"grace eval DIR --tasks {','.join(sorted(results['tasks']))} --out RESULTS"
-    )
-    harness = f" ({_harness(results['harness'])})" if results.get("harness") else ""
-    return f"Measured by `{command}`{harness}:\n\n" + "\n".join(lines)
-
-
-def _harness(value: Any) -> str:
-    return " ".join(map(str, value.values())) if isinstance(value, Mapping) else str(value)
-
-
-def _parity(figures: Mapping[str, Any]) -> str:
-    """The gate's figures as a table."""
-    rounded = figures.get("scale_rounding")
-    rows: Rows = [("codes and scales equal to those of the source", "bit for bit")]
-    if rounded:
-        largest = f"{rounded['largest_relative']:.1e}"
-        rows = [
-            ("codes equal to those of the source", "bit for bit"),
-            ("float32 scales, to the nearest that the format has", f"within {largest} of themselves"),
-        ]
-    if rounded and "logits_relative" in rounded:
-        rows.append(
-            ("which moves logits, largest difference / largest logit", f"{rounded['logits_relative']:.1e}")
-        )
-    if figures.get("dense_identical"):
-        rows.append(("dense tensors equal to those of the source", "bit for bit"))
-    if "exact" in figures:
-        exact, fp32 = figures["exact"], figures["exact_greedy"]
-        rows += [
-            ("positions compared", f"{figures['positions']} in {figures['records']} records"),
-            ("fp32 logits, largest difference / largest logit", f"{exact['relative']:.1e}"),
-            ("fp32 greedy answers identical", f"{fp32['identical']} of {fp32['records']}"),
-        ]
-    if "deployed" in figures:
-        deployed, greedy = figures["deployed"], figures["greedy"]
-        gaps = [item["gap"] for item in deployed["top1_differences"] + greedy["parted"]]
-        rows += [
-            ("bfloat16 logits, largest difference", f"{deployed['max_abs']:.3g}"),
-            ("bfloat16 logits, mean difference", f"{deployed['mean_abs']:.3g}"),
-            ("tolerance (4x the effect of bfloat16 itself)", f"{deployed['tolerance']:.3g}"),
-            ("KL divergence, mean / max, nats", f"{deployed['kl_mean']:.1e} / {deployed['kl_max']:.1e}"),
-            ("same best token", f"{deployed['top1_agreement']:.2%}"),
-            ("bfloat16 greedy answers identical", f"{greedy['identical']} of {greedy['records']}"),
-            ("largest logit gap where tokens differ", f"{max(gaps):.3g}" if gaps else "they do not"),
-        ]
-    said = "Checked by the export on its own files before they were published; `grace_export.json` has the figures."
-    return f"## Parity with the source\n\n{said}\n\n{_table(('figure', 'value'), rows)}"
-
-
 def _citation(source: Source, format_name: str) -> list[str]:
     method = ["The method: GRACE, arXiv:2601.22709."] if _by_grace(source) else []
     layout = ["The weight format: AWQ, arXiv:2306.00978."] if format_name == "awq" else []
     text = " ".join([*method, *layout])
     return [f"## Citation\n\n{text}" + (f"\n\n{CITATION}" if method else "")] if text else []
-
-
-# ---------------------------------------------------------------- Markdown
-
-
-def _list(title: str, facts: Rows) -> str:
-    return "\n".join([title, "", *(f"- {name}: {value}" for name, value in facts)])
-
-
-def _table(head: tuple[str, str], rows: Rows) -> str:
-    lines = [f"| {name} | {value} |" for name, value in rows]
-    return "\n".join([f"| {head[0]} | {head[1]} |", "| --- | --- |", *lines])
-
-
-def _number(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
