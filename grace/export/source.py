@@ -70,7 +70,7 @@ def kind_of(directory: Path) -> str:
             f"{directory} is a full-precision model without integer codes: export a run with quant.bits"
         )
     raise UserError(
-        f"{directory} is quantized with {shown(method)}: GRACE reads AWQ, compressed-tensors, GGUF, MLX and QAT"
+        f"{directory} is quantized with {shown(method).strip(chr(39))}: GRACE reads AWQ, compressed-tensors, GGUF, MLX and QAT"
     )
 
 

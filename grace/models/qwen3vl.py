@@ -7,22 +7,27 @@ Shape suffixes: B batch, L sequence, D hidden width, V vocabulary.
 """
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+from transformers import Qwen3VLForConditionalGeneration
 
 from grace.checked_files import reason_of
 from grace.errors import UserError
 from grace.models.attention import PACKED
-from grace.models.config_check import read_config, require_possible
 from grace.models.inputs import ModelInputs
-from grace.models.published import PUBLISHED_SHAPES, PUBLISHED_TEXT
+from grace.models.stored import config_for as config_for
+from grace.models.stored import config_of as config_of
+from grace.models.stored import from_tensors as from_tensors
+from grace.models.stored import parameter_shapes as parameter_shapes
+from grace.models.stored import require_loadable
+from grace.models.stored import skeleton as skeleton
+from grace.models.stored import vocabulary_size as vocabulary_size
 from grace.quant.fake_quant import QuantLinear
 
 DECODER_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -45,80 +50,6 @@ class HiddenStates:
     last_layer_input_BLD: Tensor
 
 
-def config_for(path: str) -> Qwen3VLConfig:
-    """Configuration of a local model directory, or of a published model by name, offline.
-
-    Raises:
-        UserError: neither a directory with a Qwen3-VL config.json nor a known name.
-    """
-    if (Path(path) / "config.json").exists():
-        return config_of(read_config(Path(path)), path)
-    if path not in PUBLISHED_SHAPES:
-        known = ", ".join(PUBLISHED_SHAPES)
-        raise UserError(f"no model at {path}: give a directory with config.json, or one of {known}")
-    shape = PUBLISHED_SHAPES[path]
-    text = {**PUBLISHED_TEXT, **shape["text"]}
-    vision = {"num_heads": 16, "out_hidden_size": shape["text"]["hidden_size"], **shape["vision"]}
-    return Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=shape["tied"])
-
-
-def config_of(stored: Mapping[str, Any], path: str | Path) -> Qwen3VLConfig:
-    """The configuration that a config.json stands for.
-
-    Raises:
-        UserError: not Qwen3-VL's, or values that it refuses.
-    """
-    require_possible(stored, Path(path))
-    try:
-        return Qwen3VLConfig.from_dict(dict(stored))
-    except Exception as error:  # the library raises several types for values that do not fit each other
-        raise UserError(
-            f"{path}/config.json cannot be read ({reason_of(error)}): give a Qwen3-VL directory"
-        ) from error
-
-
-def vocabulary_size(path: str) -> int:
-    """Entries of the output layer; path and errors as `config_for`."""
-    text: Any = config_for(path).text_config
-    return text.vocab_size
-
-
-def skeleton(config: Qwen3VLConfig) -> Qwen3VLForConditionalGeneration:
-    """The model on the meta device: all shapes, no memory."""
-    with torch.device("meta"):
-        model = Qwen3VLForConditionalGeneration(config)
-    model.tie_weights()
-    return model
-
-
-def parameter_shapes(config: Qwen3VLConfig) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor of a checkpoint, by name; a tied head is not among them."""
-    return {name: tuple(tensor.shape) for name, tensor in skeleton(config).named_parameters()}
-
-
-def from_tensors(
-    config: Qwen3VLConfig, tensors: Mapping[str, Tensor], dtype: torch.dtype
-) -> Qwen3VLForConditionalGeneration:
-    """A model of these tensors, which it shares where they have its `dtype`, in evaluation mode.
-
-    Raises:
-        ValueError: one is missing, has another shape, or is no tensor of the model.
-    """
-    loaded = Qwen3VLForConditionalGeneration.from_pretrained(
-        None,
-        config=config,
-        state_dict=dict(tensors),
-        dtype=dtype,
-        attn_implementation="sdpa",
-        output_loading_info=True,
-    )
-    model, info = cast(tuple[Any, dict[str, Any]], loaded)
-    faults = [f"{fault}: {sorted(map(str, info[fault]))[0]}" for fault in info if info[fault]]
-    if faults:
-        raise ValueError(f"tensors do not make a model ({faults[0]})")
-    return model.eval()
-
-
 def load_model(
     path: str, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", **options: Any
 ) -> Qwen3VLForConditionalGeneration:
@@ -132,14 +63,19 @@ def load_model(
     """
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
+    if Path(path).is_dir():
+        require_loadable(Path(path))
     try:
         model = Qwen3VLForConditionalGeneration.from_pretrained(
-            path, dtype=dtype, attn_implementation={"": "sdpa", "text_config": PACKED}, **options
+            path,
+            dtype=dtype,
+            attn_implementation={"": "sdpa", "text_config": PACKED},
+            use_safetensors=True,
+            **options,
         )
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"cannot load a Qwen3-VL model from {path} ({reason}): check student.path / teacher.path"
+            f"cannot load a Qwen3-VL model from {path} ({reason_of(error)}): check student.path / teacher.path"
         ) from error
     if "device_map" not in options:
         nn.Module.to(model, device)  # in place; the class's own `to` hides its types
