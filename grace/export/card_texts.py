@@ -1,6 +1,6 @@
 """What a model card says about each format: what is in the directory, how to load it, what to know.
 
-`DIR` stands for the directory (or the repository on the Hub), `TYPE` for GGUF's type, `ASK` for the code
+`DIR` stands for the directory (or the repository on the Hub), `TYPE` and `WIDE` for GGUF's types, `ASK` for the code
 below, `MADE` for where codes and scales come from.
 """
 
@@ -17,7 +17,7 @@ FORMAT_TEXT = {
     "compressed-tensors": "compressed-tensors (`pack-quantized`, symmetric, no zero points): integer codes and "
     "scales exactly as MADE, everything else bfloat16.",
     "gguf": "GGUF for llama.cpp: `model-*.gguf` is the language model, its quantized tensors written block by "
-    "block from the MADE codes and scales (never re-quantized), `mmproj-BF16.gguf` the vision tower.",
+    "block from the MADE codes and scales (never re-quantized), `mmproj-*.gguf` the vision tower.",
     "mlx": "MLX (affine): integer codes and scales exactly as MADE, `biases` the scales times a power of "
     "two, everything else bfloat16.",
     "qat": "QAT checkpoint: a plain directory with the dequantized weights, and `grace_qat/` with the "
@@ -118,8 +118,8 @@ ASK
     "gguf": """With llama.cpp:
 
 ```
-llama-mtmd-cli -m DIR/model-TYPE.gguf --mmproj DIR/mmproj-BF16.gguf --image picture.png -p "What is in the picture?"
-llama-server -m DIR/model-TYPE.gguf --mmproj DIR/mmproj-BF16.gguf
+llama-mtmd-cli -m DIR/model-TYPE.gguf --mmproj DIR/mmproj-WIDE.gguf --image picture.png -p "What is in the picture?"
+llama-server -m DIR/model-TYPE.gguf --mmproj DIR/mmproj-WIDE.gguf
 ```
 
 With llama-cpp-python (`pip install llama-cpp-python`), text alone:

@@ -25,6 +25,7 @@ from grace.export.card_texts import (
     STORED_SCALES,
 )
 from grace.export.contents import OURS, OWN, Source
+from grace.export.directory import deployed_dtype
 from grace.export.provenance import KIND_NAMES
 from grace.export.reference_qat import KIND as REFERENCE_QAT
 from grace.quant.grid import SCALE_MAX, SCALE_MIN, code_range
@@ -52,7 +53,10 @@ def model_card(
         f"{_about(source)} The vision tower, its mergers, embeddings, head and norms are not quantized.\n\n"
         f"{FORMAT_TEXT[format_name].replace('MADE', _made(source))}",
         "## How to load\n\n"
-        + LOAD[format_name].replace("TYPE", f"Q{source.qat.bits}_0").replace("ASK", ASK.rstrip()),
+        + LOAD[format_name]
+        .replace("TYPE", f"Q{source.qat.bits}_0")
+        .replace("WIDE", {"bfloat16": "BF16", "float16": "F16"}[deployed_dtype(source)])
+        .replace("ASK", ASK.rstrip()),
         _quantization(source, format_name),
         *_origin(source, base, card),
         parity_table(parity),

@@ -62,7 +62,7 @@ def test_the_hub_reads_every_card(source: Source, tmp_path: Path, name: str):
         *("How to load", "Quantization", "Training", "Metrics", "Parity with the source"),
         *("Limitations", "Citation"),
     ]
-    assert "ASK" not in text and "TYPE" not in text and "MADE" not in text
+    assert "ASK" not in text and "TYPE" not in text and "WIDE" not in text and "MADE" not in text
 
 
 def test_data_of_a_known_set_comes_with_its_licence(source: Source):
