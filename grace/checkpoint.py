@@ -23,13 +23,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from grace.checked_files import TOKENIZER_LIMIT, read_json, safetensors_header, shown
 from grace.errors import UserError
 from grace.files import new_directory, sha256_of
 
 QAT_FOLDER = "grace_qat"
 QAT_TENSORS = "state.safetensors"  # inside QAT_FOLDER
 FORMAT_VERSION = 1
-_UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError)
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, SafetensorError)
 
 # Files of a Hugging Face directory that travel unchanged from the base model to every output.
 VERBATIM_FILES = (
@@ -50,12 +51,16 @@ VERBATIM_FILES = (
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """One quantized linear: what is deployed (codes, scales) and what is trained (latent, theta)."""
+    """One quantized linear: what is deployed (codes, scales) and what is trained (latent, theta).
+
+    W = scales * codes; with zero points, which only other people's checkpoints have, scales * (codes - zeros).
+    """
 
     codes_OI: Tensor  # int8
-    scales_OG: Tensor  # bfloat16
+    scales_OG: Tensor  # bfloat16; from other people's files float16 or float32 too
     latent_OI: Tensor | None = None  # float32
     theta_OG: Tensor | None = None  # float32, log of the unsnapped scale
+    zeros_OG: Tensor | None = None  # int8, in the range of the codes
 
 
 @dataclass(frozen=True)
@@ -122,7 +127,7 @@ def _best(run_dir: Path, count: int) -> list[Path]:
 
 def _score(path: Path) -> float | None:
     try:
-        score = json.loads((path / "state.json").read_text()).get("score")
+        score = read_json(path / "state.json", TOKENIZER_LIMIT, finite=False).get("score")
     except _UNREADABLE:
         return None
     return score if isinstance(score, float) and math.isfinite(score) else None
@@ -153,11 +158,12 @@ def load_newest_checkpoint(run_dir: Path) -> Checkpoint | None:
 
 
 def _read_checkpoint(path: Path) -> Checkpoint:
-    record = json.loads((path / "state.json").read_text())
+    record = read_json(path / "state.json", TOKENIZER_LIMIT, finite=False)
     tensors = {}
     for name, digest in record["sha256"].items():
-        if sha256_of(path / name) != digest:
-            raise ValueError(f"{name} does not match its checksum")
+        if Path(name).name != name or sha256_of(path / name) != digest:
+            raise ValueError(f"{shown(name)} does not match its checksum")
+        safetensors_header(path / name)
         tensors[Path(name).stem] = load_file(path / name)
     return Checkpoint(record["step"], tensors, record["state"])
 
@@ -205,6 +211,11 @@ def _write_qat(folder: Path, qat: QatState) -> None:
             tensors[f"{name}.latent"] = weight.latent_OI.detach().cpu().contiguous()
             tensors[f"{name}.theta"] = weight.theta_OG.detach().cpu().contiguous()
     save_file(tensors, folder / QAT_TENSORS)
+    write_qat_info(folder, qat)
+
+
+def write_qat_info(folder: Path, qat: QatState) -> None:
+    """Writes `info.json` beside the tensors of `grace_qat/`, which are there already."""
     info = {
         **qat.info,
         "format_version": FORMAT_VERSION,
@@ -234,6 +245,7 @@ def read_qat(directory: Path, latents: bool = False) -> QatState:
     info = read_qat_info(directory)
     bits, group_size = info["bits"], info["group_size"]
     try:
+        safetensors_header(folder / QAT_TENSORS)
         with safe_open(folder / QAT_TENSORS, framework="pt") as file:
             modules = {
                 name: read_weight(file.get_tensor, name, bits, group_size, latents)
@@ -252,10 +264,12 @@ def read_qat_info(directory: Path) -> dict[str, Any]:
     """
     folder = directory / QAT_FOLDER
     try:
-        info = json.loads((folder / "info.json").read_text())
+        info = read_json(folder / "info.json", TOKENIZER_LIMIT, finite=False)
         info["bits"], info["group_size"] = int(info["bits"]), int(info["group_size"])
         if not isinstance(info["modules"], list) or info["group_size"] < 1 or not 2 <= info["bits"] <= 8:
             raise ValueError("info.json holds impossible values")
+        if not all(isinstance(name, str) for name in info["modules"]):
+            raise ValueError("info.json lists modules that are no names")
         if sha256_of(folder / QAT_TENSORS) != info["state_sha256"]:
             raise ValueError(f"{QAT_TENSORS} does not match its checksum")
     except _UNREADABLE as error:

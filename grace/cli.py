@@ -1,6 +1,6 @@
 """The `grace` command. Every import of an implementation waits until its sub-command runs.
 
-grace demo | data ... | train | report | teacher-cache | export | generate | serve | eval | inspect
+grace demo | data ... | train | report | teacher-cache | quantize | export | push | generate | serve | eval | inspect
 """
 
 import argparse
@@ -14,13 +14,12 @@ from grace.arguments import add_json as _add_json
 from grace.arguments import add_teacher_cache, add_train, byte_size, integer, number
 from grace.cli_data import add_data
 from grace.cli_eval import add_eval
+from grace.cli_publish import FORMATS, add_card, add_push, add_quantize
 from grace.cli_serve import add_serve
 from grace.errors import Parser, UserError, run_command
 
-# Copies of grace.runtime.int4_linear.KERNELS and grace.export.pack.FORMATS: importing those costs
-# seconds. A test keeps them equal.
+# A copy of grace.runtime.int4_linear.KERNELS: importing that costs seconds. A test keeps them equal.
 KERNELS = ("auto", "triton", "aten", "dequant", "reference", "gptqmodel")
-FORMATS = ("awq", "compressed-tensors", "gguf", "mlx", "qat")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,7 +52,9 @@ def build_parser() -> Parser:
         _add_train,
         _add_report,
         _add_teacher_cache,
+        add_quantize,
         _add_export,
+        add_push,
         _add_generate,
         _add_eval,
         _add_inspect,
@@ -116,6 +117,7 @@ def _add_export(commands: "argparse._SubParsersAction[Parser]") -> None:
         metavar="SIZE",
         help="cut the weights, e.g. 2GB; default: one file",
     )
+    add_card(parser)
     _add_json(parser)
 
 

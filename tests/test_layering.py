@@ -18,11 +18,11 @@ COMMANDS = {"cli", "demo", "report", "__main__"}
 # Files split off a part of another name.
 BELONGS_TO = {
     "checkpoint_saver": "checkpoint", "recipe_check": "config", "recipe_parts": "config",
-    "plan_memory": "plan", "plan_text": "plan", "run_save": "run", "run_data": "run", "run_files": "files",
+    "plan_memory": "plan", "plan_text": "plan", "run_save": "run", "run_data": "run", "run_files": "files", "checked_files": "files",
     "run_info": "run", "run_tasks": "run", "watch": "run", "preemption": "run", "step_inputs": "train", "step_stats": "step",
     "student": "step", "schedule": "train", "cache_settings": "teacher_cache", "tracking_wandb": "tracking",
     "parallel_fsdp": "parallel", "parallel_zero": "parallel",
-    "cli_data": "cli", "cli_audit": "cli", "cli_eval": "cli", "cli_serve": "cli",
+    "cli_data": "cli", "cli_audit": "cli", "cli_eval": "cli", "cli_publish": "cli", "cli_serve": "cli",
 }  # fmt: skip
 # Leaves that may import another: models wrap linears with quant's module class.
 BETWEEN_LEAVES = {("models", "quant")}

@@ -57,6 +57,12 @@ def mlx_name(name: str) -> str:
     return (renamed(f"{name}.", MLX) or name).removesuffix(".")
 
 
+def layer_name(name: str) -> str | None:
+    """A module of the decoder from its layer's number on (`layers.3.mlp.up_proj`): the end of its name in every engine."""
+    found = re.fullmatch(r"model\.language_model\.(layers\.\d+\..+)", name)
+    return found.group(1) if found else None
+
+
 def is_patch_convolution(name: str) -> bool:
     """Whether a tensor is the convolution that cuts pictures into patches: [out, channels, time, height, width]."""
     return name.endswith("visual.patch_embed.proj.weight")

@@ -1,14 +1,17 @@
-"""A model directory of any kind, loaded and checked."""
+"""Model directories: what kind each is, and the model in it with every tensor accounted for."""
 
-import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from transformers import AutoModelForImageTextToText
 
+from grace.checked_files import DamagedFile, read_json, reason_of, shown
 from grace.checkpoint import is_qat
 from grace.errors import UserError
+from grace.models.config_check import require_possible
+from grace.models.stored import config_for, require_loadable
 from grace.runtime.hf_quantizer import register
 
 register()
@@ -28,16 +31,28 @@ def checkpoint_kind(directory: Path) -> str:
         hint = "give its model/" if (directory / "model").is_dir() else "give an exported model"
         raise UserError(f"{directory} holds no model (no config.json): {hint}")
     try:
-        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-        method = (config.get("quantization_config") or {}).get("quant_method")
-        method = method or ("MLX" if config.get("quantization") else None)
-    except (OSError, ValueError, AttributeError) as error:
+        config = read_json(directory / "config.json")
+    except (OSError, DamagedFile) as error:
         raise UserError(f"{directory}/config.json cannot be read ({error}): export again") from error
+    require_possible(config, directory)
+    block, method = config.get("quantization_config"), None
+    if config.get("quantization"):
+        method = "MLX"
+    elif block:
+        method = block.get("quant_method") if isinstance(block, dict) else None
+        method = method or "an unknown method"
+    elif is_packed(config):
+        method = "awq"
     if method not in (None, "awq"):
         raise UserError(
-            f"{directory} is quantized with {method}: grace.runtime runs AWQ, QAT and plain directories"
+            f"{directory} is quantized with {shown(method).strip(chr(39))}: grace.runtime runs AWQ, QAT and plain directories"
         )
     return "awq" if method else "qat" if is_qat(directory) else "plain"
+
+
+def is_packed(config: Mapping[str, Any]) -> bool:
+    """Whether this is the config of a packed checkpoint of the public GRACE code: AWQ that stock loaders take for none."""
+    return "awq_packing" in config and not config.get("quantization_config")
 
 
 def require_tokenizer(directory: Path) -> None:
@@ -54,20 +69,27 @@ def load_model(directory: Path, dtype: torch.dtype | None = None) -> Any:
     Raises:
         UserError: it cannot be read, or tensors are missing, superfluous or of the wrong shape.
     """
+    require_loadable(directory)
+    config = config_for(str(directory))
+    if is_packed(config.to_dict()):
+        config.quantization_config = packed_block(config.to_dict(), directory)
     try:
         loaded = AutoModelForImageTextToText.from_pretrained(
             directory,
+            config=config,
             dtype=dtype or "auto",
             attn_implementation="sdpa",
             local_files_only=True,
+            use_safetensors=True,
             output_loading_info=True,
         )
         model, info = cast(tuple[Any, dict[str, Any]], loaded)
     except UserError:
         raise
     except Exception as error:  # the library raises a dozen types for damaged input
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UserError(f"cannot load the model in {directory} ({reason}): export it again") from error
+        raise UserError(
+            f"cannot load the model in {directory} ({reason_of(error)}): export it again"
+        ) from error
     for fault in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info.get(fault):
             example = sorted(str(key) for key in info[fault])[0]
@@ -75,3 +97,21 @@ def load_model(directory: Path, dtype: torch.dtype | None = None) -> Any:
                 f"{directory} is damaged ({fault.replace('_', ' ')}, e.g. {example}): export it again"
             )
     return model.eval()
+
+
+def packed_block(config: Mapping[str, Any], directory: Path) -> dict[str, Any]:
+    """The standard AWQ block that says what `awq_packing` says.
+
+    Raises:
+        UserError: it says nothing that can be read.
+    """
+    packing = config["awq_packing"]
+    if not isinstance(packing, Mapping):
+        raise UserError(f"{directory}/config.json is damaged (awq_packing is no table): restore it")
+    return {
+        "quant_method": "awq",
+        "bits": packing.get("bits"),
+        "group_size": packing.get("group_size"),
+        "version": str(packing.get("version", "gemm")),
+        "zero_point": True,
+    }
