@@ -1,15 +1,16 @@
-"""python benchmarks/save.py [--every 20] [--blocks 3] [--width 2048] [--tokens 1024] [--out FILE]
+"""python benchmarks/save.py [--every 10] [--blocks 5] [--width 2048] [--tokens 1024] [--out FILE]
 
 What saving costs a training loop: steps of two decoder layers at the 2B shape with AdamW (weights and two moments are saved,
 float32), without checkpoints, with the background saver of `grace.checkpoint_saver`, and with the same checkpoints
-written in the loop. The three take turns, block by block, and what is compared are means over the blocks; with two cores
-the writing thread takes time from the steps too, which counts.
+written in the loop. The three take turns, block by block, and what is compared are the medians of their blocks; with two
+cores the writing thread takes time from the steps too, which counts.
 
 Prints a table and, last, one line of JSON.
 """
 
 import argparse
 import shutil
+import statistics
 import tempfile
 import time
 from pathlib import Path
@@ -84,9 +85,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--every", type=int, default=20, help="steps between checkpoints; default: %(default)s"
+        "--every", type=int, default=10, help="steps between checkpoints; default: %(default)s"
     )
-    parser.add_argument("--blocks", type=int, default=3, help="default: %(default)s")
+    parser.add_argument("--blocks", type=int, default=5, help="default: %(default)s")
     parser.add_argument("--width", type=int, default=WIDTH, help="of the layers; default: %(default)s")
     parser.add_argument("--tokens", type=int, default=TOKENS, help="of a step; default: %(default)s")
     parser.add_argument("--out", type=Path, help="also write the JSON here")
@@ -105,18 +106,20 @@ def main() -> None:
                     rows.append(row)
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    mean = {kind: [sum(row[i] for row in rows) / len(rows) for i in (0, 1)] for kind, rows in kinds.items()}
+    middle = {
+        kind: [statistics.median(row[i] for row in rows) for i in (0, 1)] for kind, rows in kinds.items()
+    }
     size = 3 * 4 * sum(p.numel() for p in model.parameters()) / 1e9
-    base = mean["none"][0]
+    base = middle["none"][0]
     print(f"checkpoints of {size:.3g} GB, one in {args.every} steps")
-    for kind, (step, held) in mean.items():
+    for kind, (step, held) in middle.items():
         print(
             f"{kind:12} {step:.4f} s a step, {100 * (step / base - 1):+.1f} %; a save holds the loop for {held:.3f} s"
         )
     result = {
         "benchmark": "save", **machine(), "gb": size, "steps_between": args.every, "blocks": args.blocks,
         "step_s": base, "gb_per_step_second": size / (args.every * base),
-        "overhead": {k: v[0] / base - 1 for k, v in mean.items()}, "held_s": {k: v[1] for k, v in mean.items()},
+        "overhead": {k: v[0] / base - 1 for k, v in middle.items()}, "held_s": {k: v[1] for k, v in middle.items()},
     }  # fmt: skip
     report(result, args.out)
 
