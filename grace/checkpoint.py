@@ -145,8 +145,8 @@ def checkpoint_paths(run_dir: Path) -> list[Path]:
     return sorted((run_dir / "checkpoints").glob("step-[0-9]*"))
 
 
-def load_newest_checkpoint(run_dir: Path) -> Checkpoint | None:
-    """The newest undamaged checkpoint; damaged ones are named on stderr and passed over.
+def load_newest_checkpoint(run_dir: Path, tell: bool = True) -> Checkpoint | None:
+    """The newest undamaged checkpoint; damaged ones are passed over, and named on stderr if `tell`.
 
     Raises:
         UserError: there are checkpoints and every one is damaged.
@@ -156,7 +156,8 @@ def load_newest_checkpoint(run_dir: Path) -> Checkpoint | None:
         try:
             return _read_checkpoint(path)
         except _UNREADABLE as error:
-            print(f"checkpoint {path} is damaged ({error}); trying the one before it", file=sys.stderr)
+            if tell:
+                print(f"checkpoint {path} is damaged ({error}); trying the one before it", file=sys.stderr)
     if paths:
         raise UserError(
             f"every checkpoint in {run_dir / 'checkpoints'} is damaged: remove the folder to start over"
