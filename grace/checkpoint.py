@@ -1,7 +1,7 @@
 """What a run leaves on disk: resume checkpoints, and the model it ends with.
 
 A *resume checkpoint* `checkpoints/step-000100/` holds the trainable parameters, the optimizer
-state and a small JSON state, with the SHA-256 of each tensor file. A *model directory* is a plain
+state and a small JSON state, with a checksum of each tensor file. A *model directory* is a plain
 Hugging Face directory; a quantized run adds the folder `grace_qat/` with integer codes, scales and
 fp32 latents (DESIGN section 6). Both are written under a temporary name and renamed: a kill
 leaves the previous state.
@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from grace.checked_files import TOKENIZER_LIMIT, read_json, safetensors_header, shown
+from grace.checkpoint_files import FileInMemory, files_of, xxh3_of
 from grace.errors import UserError
 from grace.files import new_directory, sha256_of
 
@@ -101,17 +102,28 @@ def save_checkpoint(
         state: JSON-able values.
         score: of this step, the lower the better; None was not measured, and is never among the best.
     """
+    files = files_of(tensors, {})
+    return write_checkpoint(run_dir, step, files, state, keep_last, keep_best, score)
+
+
+def write_checkpoint(
+    run_dir: Path,
+    step: int,
+    files: Mapping[str, FileInMemory],
+    state: Mapping[str, Any],
+    keep_last: int,
+    keep_best: int = 0,
+    score: float | None = None,
+) -> Path:
+    """`save_checkpoint` of tensors that are copied already."""
     target = run_dir / "checkpoints" / f"step-{step:06d}"
     if target.exists():  # a damaged one that resume passed over: this step is being done again
         shutil.rmtree(target)
     with new_directory(target) as scratch:
-        digests = {}
-        for stem, group in tensors.items():
-            file = scratch / f"{stem}.safetensors"
-            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in group.items()}, file)
-            digests[file.name] = sha256_of(file)
+        names = {stem: f"{stem}.safetensors" for stem in files}
+        checksums = {names[stem]: file.write(scratch / names[stem]) for stem, file in files.items()}
         record = {"format_version": FORMAT_VERSION, "step": step, "score": score}
-        record |= {"sha256": digests, "state": dict(state)}
+        record |= {"xxh3": checksums, "state": dict(state)}
         (scratch / "state.json").write_text(json.dumps(record, indent=1))
     kept = {*checkpoint_paths(run_dir)[-keep_last:], *_best(run_dir, keep_best)}
     for old in set(checkpoint_paths(run_dir)) - kept:
@@ -138,8 +150,8 @@ def checkpoint_paths(run_dir: Path) -> list[Path]:
     return sorted((run_dir / "checkpoints").glob("step-[0-9]*"))
 
 
-def load_newest_checkpoint(run_dir: Path) -> Checkpoint | None:
-    """The newest undamaged checkpoint; damaged ones are named on stderr and passed over.
+def load_newest_checkpoint(run_dir: Path, tell: bool = True) -> Checkpoint | None:
+    """The newest undamaged checkpoint; damaged ones are passed over, and named on stderr if `tell`.
 
     Raises:
         UserError: there are checkpoints and every one is damaged.
@@ -149,7 +161,8 @@ def load_newest_checkpoint(run_dir: Path) -> Checkpoint | None:
         try:
             return _read_checkpoint(path)
         except _UNREADABLE as error:
-            print(f"checkpoint {path} is damaged ({error}); trying the one before it", file=sys.stderr)
+            if tell:
+                print(f"checkpoint {path} is damaged ({error}); trying the one before it", file=sys.stderr)
     if paths:
         raise UserError(
             f"every checkpoint in {run_dir / 'checkpoints'} is damaged: remove the folder to start over"
@@ -160,8 +173,9 @@ def load_newest_checkpoint(run_dir: Path) -> Checkpoint | None:
 def _read_checkpoint(path: Path) -> Checkpoint:
     record = read_json(path / "state.json", TOKENIZER_LIMIT, finite=False)
     tensors = {}
-    for name, digest in record["sha256"].items():
-        if Path(name).name != name or sha256_of(path / name) != digest:
+    checksum_of, checksums = (xxh3_of, record["xxh3"]) if "xxh3" in record else (sha256_of, record["sha256"])
+    for name, checksum in checksums.items():  # SHA-256 was that of earlier ones
+        if Path(name).name != name or checksum_of(path / name) != checksum:
             raise ValueError(f"{shown(name)} does not match its checksum")
         safetensors_header(path / name)
         tensors[Path(name).stem] = load_file(path / name)

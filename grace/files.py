@@ -92,6 +92,24 @@ def locked(directory: Path, field: str) -> Iterator[None]:
         _held.discard(lock)
 
 
+@contextlib.contextmanager
+def writing_to(directory: Path, field: str) -> Iterator[None]:
+    """Turns what the disk refuses in the block into the user's error.
+
+    Args:
+        field: what the user would set to choose another directory.
+
+    Raises:
+        UserError: no room, no permission, or the like.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot write to {directory} ({error.strerror or error}): make room, or set {field}"
+        ) from error
+
+
 def _let_go() -> None:
     """In a forked child: its copy would keep a lock that died with its parent, for as long as the child lives on."""
     while _held:

@@ -17,6 +17,7 @@ from accelerate.utils import get_int_from_env
 from torch import Tensor
 
 from grace import checkpoint
+from grace.agreement import agreed
 from grace.config import Recipe, Teacher, load_recipe, recipe_diff
 from grace.data.sampler import steps_of
 from grace.distill.cache_store import TeacherCache
@@ -81,24 +82,17 @@ def set_up(
         cache: what stands in for a teacher.
     """
     device, options = accelerator.device, recipe.distill
-    model = qwen3vl.load_model(recipe.student.path, torch.float32, device)
-    base_config = copy.deepcopy(model.config)
-    if not recipe.student.train_vision:
-        qwen3vl.freeze_vision(model)
-    if recipe.quant.bits is not None:
-        put_quantizer(model, recipe)
-    qwen3vl.put_loss_head(model)
-    if recipe.run.gradient_checkpointing:
-        qwen3vl.enable_checkpointing(model)
-    teacher, vocabulary = None, qwen3vl.head_weight(model).shape[0]
-    if cache is not None:
-        vocabulary = cache.vocabulary
-    elif recipe.distils:
-        assert recipe.teacher.path is not None  # the recipe was validated
-        require_same_tokenizer(tokenizer, recipe.teacher.path)
-        teacher = placed_teacher(recipe.teacher, device, accelerator.num_processes)
-        vocabulary = min(vocabulary, qwen3vl.head_weight(teacher).shape[0])
-    kernels = chosen_kernels(recipe.run.kernels, device.type)
+    with agreed(accelerator):
+        model, base_config = loaded_student(recipe, device)
+        teacher, vocabulary = None, qwen3vl.head_weight(model).shape[0]
+        if cache is not None:
+            vocabulary = cache.vocabulary
+        elif recipe.distils:
+            assert recipe.teacher.path is not None  # the recipe was validated
+            require_same_tokenizer(tokenizer, recipe.teacher.path)
+            teacher = placed_teacher(recipe.teacher, device, accelerator.num_processes)
+            vocabulary = min(vocabulary, qwen3vl.head_weight(teacher).shape[0])
+        kernels = chosen_kernels(recipe.run.kernels, device.type)
     use_kernels(device.type, quantizer_kernels(kernels))
     objective = Objective(
         options.loss, options.temperature, options.tckd_weight, options.nckd_weight, vocabulary,
@@ -109,11 +103,30 @@ def set_up(
         ema_decay=options.ema_decay, tau_fraction=options.tau_fraction, tau_warmup_steps=options.tau_warmup_steps,
     )  # fmt: skip
     student = StudentWithLoss(model, objective, compute_dtype(recipe))
-    parallel = placed(accelerator, student, lambda m: make_optimizer(m, recipe), recipe.optim.max_grad_norm)
+    with agreed(accelerator):  # what is wrong here is the same in all
+        parallel = placed(
+            accelerator, student, lambda m: make_optimizer(m, recipe), recipe.optim.max_grad_norm
+        )
     return Run(
         recipe, accelerator, model, parallel, teacher, controller, objective, steps, base_config, kernels,
         Watch(recipe, accelerator, model, teacher, parallel.optimizer), cache,
     )  # fmt: skip
+
+
+def loaded_student(
+    recipe: Recipe, device: torch.device
+) -> tuple[qwen3vl.Qwen3VLForConditionalGeneration, Any]:
+    """The student, quantized as the recipe says, and its configuration as it was read."""
+    model = qwen3vl.load_model(recipe.student.path, torch.float32, device)
+    base_config = copy.deepcopy(model.config)
+    if not recipe.student.train_vision:
+        qwen3vl.freeze_vision(model)
+    if recipe.quant.bits is not None:
+        put_quantizer(model, recipe)
+    qwen3vl.put_loss_head(model)
+    if recipe.run.gradient_checkpointing:
+        qwen3vl.enable_checkpointing(model)
+    return model, base_config
 
 
 def compute_dtype(recipe: Recipe) -> torch.dtype:

@@ -17,6 +17,7 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from grace import tracking_wandb
+from grace.errors import UserError
 from grace.files import write_text
 from grace.run_files import METRICS_FILE
 
@@ -160,11 +161,22 @@ class Tracker:
         self._show(step, means)
 
     def log(self, step: int, values: Values) -> None:
-        """Writes one JSON line, and the same values to W&B."""
+        """Writes one JSON line, and the same values to W&B.
+
+        Raises:
+            UserError: the line cannot be written.
+        """
         if not self.is_main:
             return
-        with (self.run_dir / METRICS_FILE).open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+        path = self.run_dir / METRICS_FILE
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, **values}) + "\n")
+        except OSError as error:
+            raise UserError(
+                f"{path} cannot be written ({error.strerror}): make room or mend it, then start the same command "
+                "again: it goes on from the newest checkpoint"
+            ) from error
         if self.run is not None:
             tracking_wandb.log(self.run, step, values, self.edges)
 

@@ -7,6 +7,7 @@ The same command continues a run that was interrupted, from its newest checkpoin
 directory ends with `model/`: a QAT checkpoint when quantization is on, else a plain model.
 """
 
+import contextlib
 import math
 import os
 import sys
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from grace.agreement import agreed, same_in_all, settle
 from grace.arguments import add_train
 from grace.cache_settings import open_cache
 from grace.checkpoint_saver import CheckpointSaver
@@ -57,15 +59,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     def command() -> int:
-        recipe = load_recipe(args.recipe, args.overrides)
+        with same_in_all():
+            recipe = load_recipe(args.recipe, args.overrides)
         if args.dry_run:
-            from grace.plan import format_plan, plan
+            if os.environ.get("RANK", "0") == "0":  # one plan, however many processes were launched
+                from grace.plan import format_plan, plan
 
-            text = format_plan(plan(recipe))
-            if os.environ.get("RANK", "0") == "0":
-                print(text)
-        else:
+                print(format_plan(plan(recipe)))
+            return 0
+        try:
             train(recipe, args.allow_changed)
+        finally:
             if torch.distributed.is_initialized():  # its threads must not outlive the interpreter
                 torch.distributed.destroy_process_group()
         return 0
@@ -85,21 +89,27 @@ def train(recipe: Recipe, allow_changed: Sequence[str] = ()) -> Path:
         NonFiniteLoss: training diverged; nothing was stepped or saved after the last good step.
     """
     run_dir = Path(recipe.run.output_dir)
-    accelerator = make_accelerator()
-    with claimed(run_dir, recipe, accelerator.is_main_process, allow_changed):
+    with same_in_all():
+        accelerator = make_accelerator()
+    with contextlib.ExitStack() as held:
+        with agreed(accelerator):
+            held.enter_context(claimed(run_dir, recipe, accelerator.is_main_process, allow_changed))
         if (run_dir / "model").is_dir():
             accelerator.print(f"{run_dir} is finished: its model is {run_dir / 'model'}", file=sys.stderr)
             return run_dir / "model"
         torch.manual_seed(recipe.run.seed)
-        processor = load_processor(recipe.student.path, recipe.data.min_pixels, recipe.data.max_pixels)
-        data = load_run_data(recipe, processor)
-        require_same_on_all_ranks(data, accelerator)
+        with agreed(accelerator):
+            processor = load_processor(recipe.student.path, recipe.data.min_pixels, recipe.data.max_pixels)
+            data = load_run_data(recipe, processor)
+            quick = quick_tasks(recipe)
+        with agreed(accelerator):
+            require_same_on_all_ranks(data, accelerator)
         for note in data.notes():
             accelerator.print(note, file=sys.stderr)
         records, validation = data.records, data.validation[: recipe.run.eval_records]
-        quick = quick_tasks(recipe)
         cached = recipe.distils and recipe.teacher.cache is not None
-        cache = open_cache(recipe, processor, records) if cached else None
+        with agreed(accelerator):
+            cache = open_cache(recipe, processor, records) if cached else None
         steps = total_steps(recipe, mixture_of(records).epoch)
         run = set_up(recipe, accelerator, processor.tokenizer, steps, cache)
         run.records = data.digest
@@ -109,11 +119,12 @@ def train(recipe: Recipe, allow_changed: Sequence[str] = ()) -> Path:
         )  # fmt: skip
         saver = CheckpointSaver(run_dir, recipe.run.keep_last, recipe.run.keep_best)
         resume(run, tracker, run_dir, allow_changed)
-        with tracker.aside():  # W&B may take its time
+        with agreed(accelerator), tracker.aside():  # W&B may take its time
             announce(tracker, recipe, accelerator)
         try:
             loop(run, tracker, saver, records, validation, processor, quick)
-            save_final_model(run, run_dir)
+            with agreed(accelerator):
+                save_final_model(run, run_dir)
             publish_model(tracker, recipe, run.validation)
         finally:
             tracker.finish()
@@ -147,14 +158,14 @@ def loop(
     )  # fmt: skip
     with listening() as stop:
         for step, (inputs, waited) in zip(steps, timed(loader), strict=True):
-            if isinstance(inputs, UserError):
-                raise inputs
+            settle(run.accelerator, inputs if isinstance(inputs, UserError) else None)
             end = window_end(run, tracker, step)
             values, measured, totals = one_step(run, inputs.to(device), step, waited, end)
             if step == steps.start:  # not before: a picture that cannot be read stays one line
                 run.accelerator.print(f"kernels: {run.kernels}", file=sys.stderr)
             run.step = step + 1
-            tracker.add(run.step, values, measured=measured, **totals)
+            with agreed(run.accelerator) if tracker.due(run.step) else contextlib.nullcontext():
+                tracker.add(run.step, values, measured=measured, **totals)
             finished = run.step == run.total_steps
             measure = finished or (settings.eval_every and run.step % settings.eval_every == 0)
             if validation and measure:
@@ -166,13 +177,16 @@ def loop(
             stopping = stop.on_any_rank(run.accelerator) and not finished
             if finished or stopping or run.step % settings.save_every == 0:
                 score = run.validation["val/ce"] if run.validation and measure else None
-                save_resume_state(run, tracker, saver, score)
+                with agreed(run.accelerator):
+                    save_resume_state(run, tracker, saver, score)
             if stopping:
-                saver.wait()
+                with agreed(run.accelerator):
+                    saver.wait()
                 raise Preempted(
                     f"saved after step {run.step} of {run.total_steps}; the same command goes on from there"
                 )
-        saver.wait()
+        with agreed(run.accelerator):
+            saver.wait()
 
 
 def timed(loader: Iterable[Any]) -> Iterator[tuple[Any, float]]:
@@ -264,7 +278,7 @@ def validate(run: Run, tracker: Tracker, records: Sequence[Record], processor: A
     model = run.parallel.for_evaluation()
     training = model.training
     model.eval()
-    with autocast(accelerator.device, compute_dtype(run.recipe)):
+    with agreed(accelerator), autocast(accelerator.device, compute_dtype(run.recipe)):
         scores = evaluate(model, validation_batches(mine, processor, run.recipe), accelerator.device)
         if accelerator.is_main_process:
             samples = records[: settings.eval_samples] if tracker.run is not None else []
@@ -282,7 +296,8 @@ def validate(run: Run, tracker: Tracker, records: Sequence[Record], processor: A
     rate = exact / max(turns, 1)
     run.validation = {"val/ce": ce / max(tokens, 1), "val/exact_match": rate, "val/turns": turns,
                       "val/exact_match_se": math.sqrt(rate * (1 - rate) / max(turns, 1))}  # fmt: skip
-    tracker.log(run.step, run.validation)
+    with agreed(accelerator):
+        tracker.log(run.step, run.validation)
     accelerator.print(
         "  ".join(f"{name} {value:.4g}" for name, value in run.validation.items()), file=sys.stderr
     )

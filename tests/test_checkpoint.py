@@ -72,6 +72,25 @@ def test_only_the_newest_are_kept(tmp_path: Path) -> None:
     assert [path.name for path in checkpoint_paths(tmp_path)] == ["step-000004", "step-000005"]
 
 
+def as_before(newest: Path) -> None:
+    """Turns a checkpoint into what was written when checksums were SHA-256 and the library wrote the tensors."""
+    record = json.loads((newest / "state.json").read_text())
+    record["sha256"] = {}
+    for name in record.pop("xxh3"):
+        save_file(load_file(newest / name), newest / name)
+        record["sha256"][name] = sha256_of(newest / name)
+    (newest / "state.json").write_text(json.dumps(record))
+
+
+def test_earlier_checkpoints_are_read_and_checked(tmp_path: Path, capsys) -> None:
+    save(tmp_path, 1)
+    as_before(save(tmp_path, 2))
+    assert_is(load_newest_checkpoint(tmp_path), 2)
+    one_bit(tmp_path / "checkpoints/step-000002/trainable.safetensors")
+    assert_is(load_newest_checkpoint(tmp_path), 1)
+    assert "does not match its checksum" in capsys.readouterr().err
+
+
 def test_a_step_done_again_replaces_its_checkpoint(tmp_path: Path) -> None:
     (save(tmp_path, 5) / "trainable.safetensors").write_bytes(b"damaged")
     save(tmp_path, 5)
@@ -83,7 +102,7 @@ import os, shutil, signal, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[3])
 import test_checkpoint as here
-from grace import checkpoint, files
+from grace import checkpoint, checkpoint_files, files
 
 run_dir, moment = Path(sys.argv[1]), sys.argv[2]
 here.save(run_dir, 1, keep_last=2)
@@ -92,8 +111,8 @@ here.save(run_dir, 2, keep_last=2)
 def die(*_, **__):
     os.kill(os.getpid(), signal.SIGKILL)
 
-def half(tensors, path):
-    path.write_bytes(b"half of it")
+def half(target, chunk):
+    os.write(target, chunk[: len(chunk) // 2])
     die()
 
 def one_file(path, **_):
@@ -101,9 +120,9 @@ def one_file(path, **_):
     die()
 
 if moment == "writing tensors":
-    checkpoint.save_file = half
+    checkpoint_files._write_all = half
 elif moment == "writing the state":
-    checkpoint.json.dumps = die
+    Path.write_text = die
 elif moment == "syncing":
     files.sync = die
 elif moment == "renaming":
@@ -171,7 +190,7 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], object]]] = {
     "state without its keys": ("state.json", lambda path: path.write_text("{}")),
     "list for checksums": (
         "state.json",
-        lambda path: path.write_text('{"sha256": [], "step": 1, "state": {}}'),
+        lambda path: path.write_text('{"xxh3": [], "step": 1, "state": {}}'),
     ),
 }
 

@@ -39,7 +39,7 @@ def test_the_loop_goes_on_while_one_is_written_and_a_second_waits(tmp_path: Path
         go.wait(30)
         saved.append(step)
 
-    monkeypatch.setattr(module, "save_checkpoint", slow)
+    monkeypatch.setattr(module, "write_checkpoint", slow)
     saver = CheckpointSaver(tmp_path, keep_last=2)
     saver.save(1, {}, {})  # returns at once: it would wait for ever otherwise
     assert saved == []
@@ -60,7 +60,7 @@ def test_a_failure_is_raised_where_it_is_waited_for_and_once(tmp_path: Path, mon
         raise failure
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "save_checkpoint", fail)
+        patch.setattr(module, "write_checkpoint", fail)
         saver.save(2, {"t": {"w": torch.ones(2)}}, {})
         kind = UserError if isinstance(failure, OSError) else ValueError
         with pytest.raises(kind, match="step 2 cannot be written .*No space left|a bug"):
