@@ -84,11 +84,11 @@ def _add_study(commands: "argparse._SubParsersAction[Parser]") -> None:
     parser.add_argument(
         "--only", nargs="+", action="extend", default=[], metavar="TABLE", help="fill these tables alone"
     )
-    parser.add_argument("--seeds", type=integer(1), default=5, metavar="N", help="default: %(default)s")
+    parser.add_argument("--seeds", type=integer(1), metavar="N", help="default: 5, with --quick 2")
     parser.add_argument("--jobs", type=integer(1), default=2, metavar="N", help="default: %(default)s")
     parser.add_argument("--report-only", action="store_true", help="run nothing, report what is there")
     parser.add_argument(
-        "--publish", type=Path, metavar="DIR", help="also write into DIR/RESULTS.md, between its marks"
+        "--publish", type=Path, metavar="DIR", help="also write into recipes/RESULTS.md of a checkout"
     )
     _add_json(parser)
 

@@ -2,8 +2,8 @@
 
     OUT/report.md, OUT/plots/*.png
 
-With `publish`, a directory like `recipes/`, its RESULTS.md gets the same text between two marks, with the plots and the
-rows in a folder `study/` beside it.
+With `publish`, a checkout of the repository, its recipes/RESULTS.md gets the same text between two marks, with the plots
+in recipes/study/, and benchmarks/results/study.jsonl the rows.
 """
 
 import json
@@ -33,7 +33,7 @@ from grace.study.measures import (
 from grace.study.plots import draw_all
 from grace.study.stats import Estimate
 
-BEGIN, END = "<!-- the study, written by: grace study --publish recipes -->", "<!-- end of the study -->"
+BEGIN, END = "<!-- the study, written by: grace study --publish . -->", "<!-- end of the study -->"
 
 
 def number(value: Estimate | None, digits: int = 3, sign: bool = False) -> str:
@@ -91,7 +91,19 @@ def table_text(study: Study, table: Table) -> list[str]:
     for name in columns:
         heads += [name, "difference"] if table.against else [name]
     lines = [f"### {table.title}", "", *([table.note, ""] if table.note else [])]
-    return [*lines, *_grid([*heads, "seeds"], rows), *_same_bits(study, table), ""]
+    return [*lines, *_grid([*heads, "seeds"], rows), *_verdict(study, table), *_same_bits(study, table), ""]
+
+
+def _verdict(study: Study, table: Table) -> list[str]:
+    """Which arms the seeds tell from what they are compared with, in words."""
+    better, worse, same = [], [], []
+    for arm in table.arms:
+        value = difference(study, arm, table, exact_match)
+        if value is not None and value.n > 1:
+            (same if not value.clear else better if value.mean > 0 else worse).append(arm.label)
+    told = {"Better, beyond the interval": better, "Worse": worse, "Not told apart": same}
+    text = " ".join(f"{name}: {', '.join(labels)}." for name, labels in told.items() if labels)
+    return ["", text] if text else []
 
 
 def _same_bits(study: Study, table: Table) -> list[str]:
@@ -137,7 +149,7 @@ def tuning_text(study: Study) -> list[str]:
 
 def report_text(study: Study, images: str, drawn: Sequence[str]) -> str:
     """The whole report; plots are looked for in the folder `images`."""
-    hours = sum(row["seconds"] for row in study.rows.values()) / 3600
+    hours = sum(row["cpu_seconds"] for row in study.rows.values()) / 3600
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
     missing = study.missing(everything=True)
     steps = study.tables[0].arms[-1].trial.setting("run.max_steps")
@@ -195,12 +207,12 @@ def _plain(value: Estimate | None) -> dict[str, float | None] | None:
 
 
 def publish_to(study: Study, folder: Path, drawn: Sequence[str]) -> None:
-    """Puts the report into RESULTS.md of a folder between its marks, plots and rows beside it.
+    """Puts the report into a checkout: text between the marks of RESULTS.md, plots and rows where they belong.
 
     Raises:
         UserError: there is no such file, or it has no marks.
     """
-    results, beside = folder / "RESULTS.md", folder / "study"
+    results, beside = folder / "recipes" / "RESULTS.md", folder / "recipes" / "study"
     text = results.read_text() if results.exists() else ""
     if not text.count(BEGIN) == text.count(END) == 1:
         raise UserError(
@@ -212,6 +224,6 @@ def publish_to(study: Study, folder: Path, drawn: Sequence[str]) -> None:
     for name in drawn:
         shutil.copyfile(study.out / "plots" / f"{name}.png", beside / f"{name}.png")
     lines = [json.dumps({"key": key, **row}) for key, row in sorted(study.rows.items())]
-    write_text(beside / "rows.jsonl", "\n".join(lines) + "\n")
+    write_text(folder / "benchmarks" / "results" / "study.jsonl", "\n".join(lines) + "\n")
     write_text(results, f"{before}{BEGIN}\n\n{report_text(study, 'study', drawn)}\n{END}{after}")
     print(results, file=sys.stderr)

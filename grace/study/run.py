@@ -32,8 +32,9 @@ def run_study(args: argparse.Namespace) -> int:
     known = [table.name for table in tables]
     if unknown := sorted(set(args.only) - set(known)):
         raise UserError(f"there is no table {unknown[0]!r}: --only takes {', '.join(known)}")
-    if args.seeds > sizes.seeds:
-        raise UserError(f"--seeds {args.seeds}: there is data for {sizes.seeds} seeds")
+    seeds = args.seeds or (2 if args.quick else 5)
+    if seeds > sizes.seeds:
+        raise UserError(f"--seeds {seeds}: there is data for {sizes.seeds} seeds")
     with locked(out, "--out"):
         claim(out, args.quick)
         remove_leftovers(out / "rows")
@@ -41,7 +42,7 @@ def run_study(args: argparse.Namespace) -> int:
             say("data: drawing the small world")
         write_world(out, sizes)
         tuning_seeds = 1 if args.quick else MOST_TUNING_SEEDS
-        study = Study(out, tables, args.seeds, tuning_seeds, only=args.only)
+        study = Study(out, tables, seeds, tuning_seeds, only=args.only)
         study.read()
         if not args.report_only:
             run_missing(study, args.jobs)

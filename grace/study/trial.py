@@ -34,7 +34,7 @@ from grace.run import Run, set_up
 from grace.step import NonFiniteLoss
 from grace.step_inputs import StepBatches
 from grace.study.kernels import KERNELS
-from grace.study.memo import RememberedBatches, scored_batches
+from grace.study.memo import RememberedBatches, said_by, samples_of, scored_batches
 from grace.teacher_cache import fill_cache
 from grace.train import one_step
 
@@ -114,16 +114,16 @@ def run_trial(trial: Trial, out: Path) -> dict[str, Any]:
     """Trains and scores.
 
     Returns:
-        The scores, what training logged at its first and last step, a digest of what was trained, and seconds; or the
+        The scores, what training logged at its first and last step, a digest of what was trained, seconds, and those of a core; or the
         message with which training diverged, as `failed`.
     """
-    start = time.perf_counter()
+    start, worked = time.perf_counter(), time.process_time()
     try:
         row = outcome(trial, out)
     except NonFiniteLoss as error:
         row = {"failed": str(error)}
     _accelerator().free_memory()
-    return {**row, "seconds": time.perf_counter() - start}
+    return {**row, "seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - worked}
 
 
 def outcome(trial: Trial, out: Path) -> dict[str, Any]:
@@ -163,6 +163,12 @@ def outcome(trial: Trial, out: Path) -> dict[str, Any]:
 def _accelerator() -> Accelerator:
     """One for all trials of the process."""
     return make_accelerator()
+
+
+def forget() -> None:
+    """Drops what the process remembers of earlier trials."""
+    for remembered in (samples_of, said_by, scored_batches):
+        remembered.cache_clear()
 
 
 def score(run: Run, data: Path) -> dict[str, Any]:
