@@ -6,6 +6,7 @@ All arms train the packaged student on the same records for as many steps; `COMM
 An arm stands in as many tables as compare it, and is trained once.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -73,6 +74,10 @@ class Table:
     note: str = ""
     kinds: tuple[str, ...] = ()
 
+    def units(self) -> list[list[Arm]]:
+        """The arms in groups to be finished one after the other: those compared with the same one."""
+        return [list(group) for _, group in itertools.groupby(self.arms, key=lambda arm: arm.against)]
+
 
 def arm(
     name: str, label: str, recipe: str, *overrides: str, weights: Sequence[float] = (), adaptive: bool = False,
@@ -120,7 +125,7 @@ def main_table() -> Table:
             kl(f"kd_w{bits}", f"W{bits}, QAT + plain KL", bits=bits, **like),
             grace(f"grace_w{bits}", f"W{bits}, GRACE", bits=bits, **like_grace),
         ]
-        arms[-3:] = [replace(one, against=f"kd_w{bits}") for one in arms[-3:]]
+        arms[-4:] = [replace(one, against=f"kd_w{bits}") for one in arms[-4:]]
     note = (
         "Round to nearest takes the scales that training starts from. Differences are to QAT + plain KL of the same bits, the "
         "control's to that of 8. "

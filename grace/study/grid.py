@@ -133,13 +133,13 @@ class Study:
         return {seed: row for seed, row in rows.items() if row is not None}
 
     def pending(self) -> Iterator[Trial]:
-        """Trials that can be run now, the most wanted first: a table's weights, then its arms seed by seed."""
-        for table in self.wanted():
-            tuned = [self.arm(arm.weight_of or arm.name) for arm in table.arms]
+        """Trials that can be run now, the most wanted first: some arms' weights, then these arms seed by seed."""
+        for arms in [unit for table in self.wanted() for unit in table.units()]:
+            tuned = [self.arm(arm.weight_of or arm.name) for arm in arms]
             for arm in dict.fromkeys(arm for arm in tuned if arm.weights):
                 for weight in arm.weights:
                     yield from self._ready(self.tuning_trials(arm, weight))
-            trials = [self.evaluations(arm) for arm in table.arms if self.is_ready(arm)]
+            trials = [self.evaluations(arm) for arm in arms if self.is_ready(arm)]
             for seed in range(self.seeds):
                 yield from self._ready([of_arm[seed] for of_arm in trials if seed < len(of_arm)])
 
