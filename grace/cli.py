@@ -1,6 +1,6 @@
 """The `grace` command. Every import of an implementation waits until its sub-command runs.
 
-grace demo | data ... | train | report | teacher-cache | quantize | export | push | generate | serve | eval | inspect
+grace demo | study | data ... | train | report | teacher-cache | quantize | export | push | generate | serve | eval | inspect
 """
 
 import argparse
@@ -48,6 +48,7 @@ def build_parser() -> Parser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for add in (
         _add_demo,
+        _add_study,
         add_data,
         _add_train,
         _add_report,
@@ -76,6 +77,24 @@ def _add_demo(commands: "argparse._SubParsersAction[Parser]") -> None:
     )
     parser.add_argument("--from-scratch", action="store_true", help="train teacher and student here as well")
     parser.add_argument("--seed", type=integer(0), default=0, help="default: %(default)s")
+    _add_json(parser)
+
+
+def _add_study(commands: "argparse._SubParsersAction[Parser]") -> None:
+    parser = _add(commands, "study", "Compare the method's parts over many seeds.", _study, "demo")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/study"), metavar="DIR", help="default: %(default)s"
+    )
+    parser.add_argument("--quick", action="store_true", help="one table, a few steps: shows the way")
+    parser.add_argument(
+        "--only", nargs="+", action="extend", default=[], metavar="TABLE", help="fill these tables alone"
+    )
+    parser.add_argument("--seeds", type=integer(1), metavar="N", help="default: 5, with --quick 2")
+    parser.add_argument("--jobs", type=integer(1), default=2, metavar="N", help="default: %(default)s")
+    parser.add_argument("--report-only", action="store_true", help="run nothing, report what is there")
+    parser.add_argument(
+        "--publish", type=Path, metavar="DIR", help="also write into recipes/RESULTS.md of a checkout"
+    )
     _add_json(parser)
 
 
@@ -165,6 +184,12 @@ def _demo(args: argparse.Namespace) -> int:
     from grace.demo.pipeline import run_demo
 
     return run_demo(args)
+
+
+def _study(args: argparse.Namespace) -> int:
+    from grace.study.run import run_study
+
+    return run_study(args)
 
 
 def _train(args: argparse.Namespace) -> int:

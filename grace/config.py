@@ -92,10 +92,12 @@ class Quant:
 class Distill:
     """The loss beside cross-entropy, and its controller (DESIGN section 4)."""
 
-    loss: Literal["none", "kl", "gdkd"] = "none"
+    loss: Literal["none", "kl", "gkl", "gdkd"] = "none"  # KL, the same gated, or gated decoupled KD
     temperature: float = number("(0, inf)", default=2.0)
     tckd_weight: float = number("[0, inf)", default=1.0)
     nckd_weight: float = number("[0, inf)", default=4.0)
+    gate_sharpness: float = number("[0, inf)", default=1.0)  # k of exp(-k h); 0 believes every token alike
+    gate_top_k: int | None = number("[2, inf)", default=None)  # h over the likeliest tokens alone
     beta_init: float = number("[0, inf)", default=0.0)
     beta_min: float = number("[0, inf)", default=0.0)
     beta_max: float = number("[0, inf)", default=0.0)

@@ -22,6 +22,7 @@ from grace.config import Recipe, Teacher, load_recipe, recipe_diff
 from grace.data.sampler import steps_of
 from grace.distill.cache_store import TeacherCache
 from grace.distill.controller import IBController
+from grace.distill.gate import GateShape
 from grace.errors import UserError
 from grace.files import locked, remove_leftovers
 from grace.models import qwen3vl
@@ -96,7 +97,7 @@ def set_up(
     use_kernels(device.type, quantizer_kernels(kernels))
     objective = Objective(
         options.loss, options.temperature, options.tckd_weight, options.nckd_weight, vocabulary,
-        row_kernel(kernels),
+        row_kernel(kernels), GateShape(options.gate_sharpness, options.gate_top_k),
     )  # fmt: skip
     controller = IBController(
         options.tau, options.eta, options.beta_init, options.beta_min, options.beta_max,

@@ -97,7 +97,8 @@ class StepBatches(Dataset):
     ) -> list[CachedSignals | None]:
         """The teacher's side of each micro-batch."""
         known = [cached_record(cache, record) for record in records]
-        return [collate_cached([known[i] for i in group]) if group else None for group in groups]
+        sharpness = self.recipe.distill.gate_sharpness
+        return [collate_cached([known[i] for i in group], sharpness) if group else None for group in groups]
 
     def batches(self, samples: Sequence[Sample], groups: Sequence[Sequence[int]]) -> list[Batch | None]:
         """Samples by groups of their indices, each packed or padded; none make None."""

@@ -243,7 +243,7 @@ def one_step(
         values |= {
             "loss/gdkd": result.kd, "loss/rcka": result.rcka, "ib/beta": weights.beta, "rcka/omega": omega,
             "rcka/degenerate_images": result.degenerate_images,
-            **gate_stats(result.gates, run.objective.vocabulary), **result.images,
+            **gate_stats(result.gates, run.objective.gate, run.objective.vocabulary), **result.images,
         }  # fmt: skip
         if options.loss != "none":
             run.controller.update(result.kd)
@@ -266,7 +266,8 @@ def teacher_side(run: Run, inputs: StepInputs) -> tuple[Sequence[Signals | None]
         return inputs.cached, None
     if run.teacher is None:
         return [None] * len(inputs.student), None
-    signals = run_teacher(run.teacher, inputs.student, run.objective.vocabulary, inputs.teacher)
+    objective = run.objective
+    signals = run_teacher(run.teacher, inputs.student, objective.vocabulary, inputs.teacher, objective.gate)
     return signals, qwen3vl.head_weight(run.teacher)
 
 

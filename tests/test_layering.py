@@ -14,7 +14,7 @@ FLOOR = {"errors", "files", "progress", "arguments"}
 LEAVES = {"config", "data", "models", "quant", "distill", "kernels", "checkpoint", "tracking"}
 TRAINING = {"train", "run", "step", "parallel", "plan", "teacher_cache"}
 ASSEMBLERS = TRAINING | {"export", "runtime", "evaluation"}
-COMMANDS = {"cli", "demo", "report", "__main__"}
+COMMANDS = {"cli", "demo", "study", "report", "__main__"}
 # Files split off a part of another name.
 BELONGS_TO = {
     "checkpoint_saver": "checkpoint", "checkpoint_files": "checkpoint", "recipe_check": "config", "recipe_parts": "config",
