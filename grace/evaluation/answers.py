@@ -57,10 +57,8 @@ class ModelAnswerer:
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.directory, self.engine = (
-            directory,
-            load(directory, kernel=kernel, rows=batch_size, device=device),
-        )
+        self.directory = directory
+        self.engine = load(directory, kernel=kernel, rows=batch_size, device=device)
         self.about = {
             "path": str(directory),
             "kind": self.engine.kind,
