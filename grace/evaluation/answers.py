@@ -57,10 +57,8 @@ class ModelAnswerer:
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.directory, self.engine = (
-            directory,
-            load(directory, kernel=kernel, rows=batch_size, device=device),
-        )
+        self.directory = directory
+        self.engine = load(directory, kernel=kernel, rows=batch_size, device=device)
         self.about = {
             "path": str(directory),
             "kind": self.engine.kind,
@@ -69,6 +67,7 @@ class ModelAnswerer:
             "kernels": describe_kernels(self.engine.model),
             "device": device,
         }
+        self.processor: Any = self.engine.processor
         self.max_new_tokens = 1
 
     def begin(self, task: Task) -> None:
@@ -76,7 +75,7 @@ class ModelAnswerer:
         from grace.models.processor import load_processor
 
         decoding = task.decoding
-        self.engine.processor = load_processor(self.directory, decoding.min_pixels, decoding.max_pixels)
+        self.processor = load_processor(self.directory, decoding.min_pixels, decoding.max_pixels)
         self.max_new_tokens = decoding.max_new_tokens
 
     def answer(self, questions: Sequence[Question], images: Sequence[Sequence[Image.Image]]) -> list[str]:
@@ -84,7 +83,7 @@ class ModelAnswerer:
         from grace.evaluation.batch_answers import greedy_answers
 
         prompts = [question.prompt for question in questions]
-        return greedy_answers(self.engine, prompts, images, self.max_new_tokens)
+        return greedy_answers(self.engine.decoder, self.processor, prompts, images, self.max_new_tokens)
 
 
 def directory_sha256(directory: Path) -> str:

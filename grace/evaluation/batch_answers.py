@@ -1,14 +1,16 @@
 """Greedy answers to several prompts side by side."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from PIL import Image
 
 from grace.data.records import Turn
-from grace.data.template import Sample
-from grace.runtime.engine import Engine
-from grace.runtime.sampling import Sampling
+from grace.data.template import Sample, encode_prompt
+from grace.runtime.decoder import Decoder
+from grace.runtime.library_generate import generation_config
+from grace.runtime.text_stream import TextStream
 
 CACHE_TOKENS = 16_384  # of all rows together: 1.9 GB at the 2B shape in bfloat16
 STEP = 256  # rows are made for whole multiples of so many tokens
@@ -16,11 +18,16 @@ STEP = 256  # rows are made for whole multiples of so many tokens
 
 @torch.inference_mode()
 def greedy_answers(
-    engine: Engine, prompts: Sequence[str], images: Sequence[Sequence[Image.Image]], max_new_tokens: int
+    decoder: Decoder,
+    processor: Any,
+    prompts: Sequence[str],
+    images: Sequence[Sequence[Image.Image]],
+    max_new_tokens: int,
 ) -> list[str]:
     """The model's likeliest answers, as text without special tokens.
 
     Args:
+        decoder: of any size; it is resized where prompts need more.
         prompts: a user's words, with one `<image>` for each picture.
         images: the pictures of each prompt.
 
@@ -28,14 +35,19 @@ def greedy_answers(
         UserError: a prompt that the model's context cannot hold.
     """
     samples = [
-        engine.encode([Turn("user", prompt)], pictures)
+        encode_prompt([Turn("user", prompt)], pictures, processor)
         for prompt, pictures in zip(prompts, images, strict=True)
     ]
-    return [
-        text
-        for part, context in fitting(samples, max_new_tokens)
-        for text in _answered(engine, part, context, max_new_tokens)
-    ]
+    ends = generation_config(decoder.model, processor, max_new_tokens).eos_token_id
+    texts = []
+    for part, context in fitting(samples, max_new_tokens):
+        make_room(decoder, len(part), context)
+        room = [decoder.context + 1 - len(sample.input_ids_L) for sample in part]
+        limits = [max(1, min(max_new_tokens, one)) for one in room]
+        texts += _answered(
+            decoder, part, [TextStream(processor.tokenizer, (), ends, limit) for limit in limits]
+        )
+    return texts
 
 
 def fitting(samples: Sequence[Sample], max_new_tokens: int) -> Iterator[tuple[list[Sample], int]]:
@@ -52,13 +64,15 @@ def fitting(samples: Sequence[Sample], max_new_tokens: int) -> Iterator[tuple[li
         yield part, context
 
 
-def _answered(engine: Engine, samples: Sequence[Sample], context: int, max_new_tokens: int) -> list[str]:
-    decoder = engine.decoder
+def make_room(decoder: Decoder, rows: int, context: int) -> None:
+    """Gives the cache another size, if it is too small, or larger than it should be."""
     held = decoder.rows * decoder.context
-    too_small = len(samples) > decoder.rows or context > decoder.context
-    if too_small or held > max(CACHE_TOKENS, len(samples) * context):
-        decoder.resize(len(samples), min(context, decoder.parts.max_context))
-    streams = [engine.text_stream(sample, Sampling(max_new_tokens)) for sample in samples]
+    too_small = rows > decoder.rows or context > decoder.context
+    if too_small or held > max(CACHE_TOKENS, rows * context):
+        decoder.resize(rows, min(context, decoder.parts.max_context))
+
+
+def _answered(decoder: Decoder, samples: Sequence[Sample], streams: Sequence[TextStream]) -> list[str]:
     texts = [""] * len(samples)
     tokens = [int(decoder.prefill(row, sample).argmax()) for row, sample in enumerate(samples)]
     going = list(range(len(samples)))

@@ -27,8 +27,7 @@ def run_eval(args: argparse.Namespace) -> int:
         result = compare(*args.compare)
         print(json.dumps(result) if args.json else comparison_table(result), end="\n" if args.json else "")
         return 0
-    names = dict.fromkeys(name for item in args.tasks for name in item.split(",") if name)
-    tasks = [_task(name, args) for name in names]
+    tasks = [_task(name, args) for name in dict.fromkeys(",".join(args.tasks).split(","))]
     paths = data_paths(args.data)
     out = args.out or Path("runs/eval") / _name(args.predictions or args.directory)
     with locked(out, "--out"):

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from grace.errors import UserError
-from grace.evaluation.batch_answers import greedy_answers
+from grace.evaluation.batch_answers import STEP, greedy_answers
 from grace.evaluation.harness import Asked, batched, checked_groups, data_paths, prepare
 from grace.evaluation.judge import judged
 from grace.evaluation.tasks import task_named
-from grace.runtime.engine import Engine
+from grace.runtime.decoder import Decoder
 
 BATCH = 8  # questions at a time
 
@@ -43,8 +43,8 @@ class QuickTasks:
 
     def sums(self, model: Any, processor: Any, rank: int = 0, ranks: int = 1) -> list[float]:
         """Of each task the sum of the primary metric over this process's share, and what it is the sum of."""
-        engine = Engine(model, processor, "plain", rows=BATCH)
-        return [number for one in self.asked for number in _sums(one, engine, rank, ranks)]
+        decoder = Decoder(model, BATCH, STEP)  # plain steps: graphs would keep weights that change
+        return [number for one in self.asked for number in _sums(one, decoder, processor, rank, ranks)]
 
     def named(self, sums: Sequence[float]) -> dict[str, float]:
         """`eval/TASK` from sums over all processes."""
@@ -52,14 +52,14 @@ class QuickTasks:
         return {f"eval/{one.task.name}": total / max(count, 1) for one, total, count in pairs}
 
 
-def _sums(one: Asked, engine: Engine, rank: int, ranks: int) -> tuple[float, float]:
+def _sums(one: Asked, decoder: Decoder, processor: Any, rank: int, ranks: int) -> tuple[float, float]:
     families = list(dict.fromkeys(one.task.family(question) for question in one.questions))
     mine = set(families[rank::ranks])  # what counts together stays together
     samples = []
     for batch in batched([q for q in one.questions if one.task.family(q) in mine], BATCH):
         images = [[one.pictures.image(picture) for picture in question.pictures] for question in batch]
         prompts = [question.prompt for question in batch]
-        outputs = greedy_answers(engine, prompts, images, one.task.decoding.max_new_tokens)
+        outputs = greedy_answers(decoder, processor, prompts, images, one.task.decoding.max_new_tokens)
         samples += [judged(q, output, q.id) for q, output in zip(batch, outputs, strict=True)]
     units = one.task.measure(samples)[one.task.primary]
     return sum(unit.value for unit in units), float(len(units))

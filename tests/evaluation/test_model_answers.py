@@ -38,7 +38,9 @@ def test_decoded_answers_score_as_one_forward_pass_does(world: Path, tmp_path: P
     for start in range(0, 24, 5):
         part = asked.questions[start : start + 5]
         images = [[asked.pictures.image(picture) for picture in question.pictures] for question in part]
-        outputs = greedy_answers(engine, [question.prompt for question in part], images, 64)
+        outputs = greedy_answers(
+            engine.decoder, engine.processor, [question.prompt for question in part], images, 64
+        )
         correct |= {q.id: read(q, output)[1] for q, output in zip(part, outputs, strict=True)}
     samples = [encode(record, engine.processor, 1024) for record in load_records(world)]
     scores = evaluate(engine.model, [collate(samples, engine.processor.tokenizer.pad_token_id)])
@@ -73,23 +75,26 @@ def test_answers_do_not_depend_on_what_is_asked_beside_them(world: Path, tmp_pat
     images = [
         [asked.pictures.image(picture) for picture in question.pictures] for question in asked.questions
     ]
-    together = greedy_answers(engine, prompts, images, 40)
-    assert [greedy_answers(engine, [p], [i], 40)[0] for p, i in zip(prompts, images, strict=True)] == together
+    together = greedy_answers(engine.decoder, engine.processor, prompts, images, 40)
+    assert [
+        greedy_answers(engine.decoder, engine.processor, [p], [i], 40)[0]
+        for p, i in zip(prompts, images, strict=True)
+    ] == together
     monkeypatch.setattr(batch_answers, "CACHE_TOKENS", 600)
-    assert greedy_answers(engine, prompts, images, 40) == together
+    assert greedy_answers(engine.decoder, engine.processor, prompts, images, 40) == together
     assert engine.decoder.rows == 2 and engine.decoder.context == 256
 
 
 def test_a_task_sets_its_pixel_budget_and_length(tiny_student_dir: Path):
     answerer = ModelAnswerer(tiny_student_dir, "auto", 2)
     answerer.begin(task_named("ai2d"))
-    assert answerer.engine.processor.image_processor.size == {
+    assert answerer.processor.image_processor.size == {
         "shortest_edge": 200704,
         "longest_edge": 1605632,
     }
     assert answerer.max_new_tokens == 16
     answerer.begin(task_named("small_world"))
-    assert answerer.engine.processor.image_processor.size["shortest_edge"] < 200704
+    assert answerer.processor.image_processor.size["shortest_edge"] < 200704
 
 
 def test_the_small_world_is_made_where_it_is_not_given(tiny_student_dir, tmp_path, capsys):
