@@ -26,6 +26,7 @@ from grace.config import Recipe, load_recipe, resource
 from grace.data.records import load_records
 from grace.demo import scoring
 from grace.distill.cache_store import TeacherCache
+from grace.errors import UserError
 from grace.evaluation.exact_match import by_type, evaluate, summarize
 from grace.models.processor import load_processor
 from grace.parallel import make_accelerator
@@ -148,7 +149,12 @@ def outcome(trial: Trial, out: Path) -> dict[str, Any]:
         if whole or not steps
         else RememberedBatches(run, records, processor, data_path(out, trial))
     )
-    logs = [one_step(run, batches.inputs(step), step)[0] for step in range(steps)]
+    logs = []
+    for step in range(steps):
+        inputs = batches[step]
+        if isinstance(inputs, UserError):
+            raise inputs
+        logs.append(one_step(run, inputs, step)[0])
     scores = score(run, split_path(out, trial))
     row = {"scores": scores, "log": logged(logs), "weights_sha256": digest(run)}
     if trial.kernels == "unsnapped":
