@@ -34,7 +34,7 @@ from grace.quant.fake_quant import TorchKernels, use_kernels
 from grace.run import Run, set_up
 from grace.step import NonFiniteLoss
 from grace.step_inputs import StepBatches
-from grace.study.kernels import KERNELS
+from grace.study.kernels import KERNELS, Once
 from grace.study.memo import RememberedBatches, said_by, samples_of, scored_batches
 from grace.teacher_cache import fill_cache
 from grace.train import one_step
@@ -142,7 +142,8 @@ def outcome(trial: Trial, out: Path) -> dict[str, Any]:
         cache = open_cache(recipe, processor, records)
     steps = cast(int, recipe.run.max_steps) if trial.trained else 0
     run = set_up(recipe, accelerator, processor.tokenizer, max(1, steps), cache)
-    use_kernels(accelerator.device.type, KERNELS[trial.kernels]())
+    kernels = KERNELS[trial.kernels]()
+    use_kernels(accelerator.device.type, kernels)
     whole = cache is not None or trial.saved_as is not None  # too much to remember, for one trial each
     batches = (
         StepBatches(run, records, processor)
@@ -155,6 +156,8 @@ def outcome(trial: Trial, out: Path) -> dict[str, Any]:
         if isinstance(inputs, UserError):
             raise inputs
         logs.append(one_step(run, inputs, step)[0])
+        if isinstance(kernels, Once):
+            kernels.forget()
     scores = score(run, split_path(out, trial))
     row = {"scores": scores, "log": logged(logs), "weights_sha256": digest(run)}
     if trial.kernels == "unsnapped":
