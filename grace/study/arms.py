@@ -9,6 +9,7 @@ An arm stands in as many tables as compare it, and is trained once.
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from grace.study.data import NOISES, NOISY_KINDS
 from grace.study.trial import Trial
@@ -18,7 +19,6 @@ KL_WEIGHTS = (1.0, 2.0, 4.0, 8.0)
 DKD_WEIGHTS = (0.5, 1.0, 2.0, 4.0)
 ADAPTIVE = {"beta_init": 0.5, "beta_min": 0.1, "beta_max": 1.0, "eta": 0.003}  # as published
 BITS = 2  # of every table but the first: where quantization hurts
-NOISE_ARMS = ("kl", "gkl", "gkl_k8", "dkd", "gdkd", "gdkd_k8", "grace")
 
 
 @dataclass(frozen=True)
@@ -75,32 +75,33 @@ class Table:
     kinds: tuple[str, ...] = ()
 
     def units(self) -> list[list[Arm]]:
-        """The arms in groups to be finished one after the other: those compared with the same one."""
-        return [list(group) for _, group in itertools.groupby(self.arms, key=lambda arm: arm.against)]
+        """The arms in groups to be finished one after the other, by their bits."""
+        groups = itertools.groupby(self.arms, key=lambda arm: arm.trial.setting("quant.bits"))
+        return [list(group) for _, group in groups]
 
 
 def arm(
     name: str, label: str, recipe: str, *overrides: str, weights: Sequence[float] = (), adaptive: bool = False,
-    weight_of: str | None = None, bits: int | None = BITS, **trial: str | bool,
+    weight_of: str | None = None, against: str | None = None, bits: int | None = BITS, **trial: str | bool,
 ) -> Arm:  # fmt: skip
     """An arm by the name of its small-world recipe."""
     quantized = () if bits is None else (f"quant.bits={bits}",)
     common = Trial(f"small_world/{recipe}.yaml", (*COMMON, *quantized, *overrides), **trial)  # type: ignore[arg-type]
-    return Arm(name, label, common, tuple(weights), adaptive, weight_of)
+    return Arm(name, label, common, tuple(weights), adaptive, weight_of, against)
 
 
-def kl(name: str, label: str, *overrides: str, **options: object) -> Arm:
+def kl(name: str, label: str, *overrides: str, **options: Any) -> Arm:
     """QAT + KL at a fixed weight."""
     if "weight_of" not in options:
         options = {"weights": KL_WEIGHTS, **options}
-    return arm(name, label, "kd_w4", *overrides, **options)  # type: ignore[arg-type]
+    return arm(name, label, "kd_w4", *overrides, **options)
 
 
-def grace(name: str, label: str, *overrides: str, adaptive: bool = True, **options: object) -> Arm:
+def grace(name: str, label: str, *overrides: str, adaptive: bool = True, **options: Any) -> Arm:
     """GRACE, or what is left of it after `overrides`."""
     if "weight_of" not in options:
         options = {"weights": DKD_WEIGHTS, **options}
-    return arm(name, label, "grace_w4", *overrides, adaptive=adaptive, **options)  # type: ignore[arg-type]
+    return arm(name, label, "grace_w4", *overrides, adaptive=adaptive, **options)
 
 
 # ---------------------------------------------------------------- tables
@@ -168,65 +169,65 @@ def nckd_table() -> Table:
     )
 
 
-def noise_arms(noise: str | None) -> list[Arm]:
-    """The gate with and without, under a teacher; at the weights chosen under the packaged one."""
+def gate_arms() -> list[Arm]:
+    """With the gate and without, on KL and on DKD; each at the weight of its kind."""
     k8, off = "distill.gate_sharpness=8", "distill.gate_sharpness=0"
-    made = [
+    against_dkd = {"adaptive": False, "against": "dkd"}
+    return [
         kl(KD, "plain KL"),
         kl("gkl", "gated KL, k = 1", GATED_KL, weight_of=KD),
         kl("gkl_k8", "gated KL, k = 8", GATED_KL, k8, weight_of=KD),
         grace("dkd", "DKD without gate", NO_RCKA, off, adaptive=False, weight_of="gdkd"),
-        grace("gdkd", "gate + DKD, k = 1", NO_RCKA, adaptive=False),
-        grace("gdkd_k8", "gate + DKD, k = 8", NO_RCKA, k8, adaptive=False, weight_of="gdkd"),
-        grace(GRACE, "GRACE"),
+        grace("gdkd", "gated DKD, k = 1 (published)", NO_RCKA, **against_dkd),
+        grace("gdkd_k8", "gated DKD, k = 8", NO_RCKA, k8, weight_of="gdkd", **against_dkd),
     ]
-    if noise is None:
-        return made
-    return [
-        replace(
-            one, name=f"{one.name}_{noise}", label=f"{one.label}", trial=replace(one.trial, teacher=noise),
-            weights=(), weight_of=one.weight_of or one.name,
-        )
-        for one in made
-    ]  # fmt: skip
+
+
+DKD_NOTE = "Gated DKD is compared with DKD without gate, all else with plain KL."
 
 
 def noise_tables() -> list[Table]:
     """The gate against a teacher that is wrong about some kinds of question."""
     tables = []
     kinds = " and ".join(f"`{kind}`" for kind in NOISY_KINDS)
+    k8 = grace("grace_k8", "GRACE, k = 8", "distill.gate_sharpness=8", weight_of=GRACE)
     for name, noise in NOISES.items():
         how = "the next result in their order" if noise.next else "another result, any"
         note = (
-            f"The teacher was trained on for 200 steps with {noise.share:.0%} of the answers to {kinds} questions "
-            f"replaced by {how}. Weights as chosen under the packaged teacher. "
-            + "The teacher's own scores are in the first row."
+            f"The teacher was trained on for 300 steps with {noise.share:.0%} of the answers to {kinds} questions "
+            f"replaced by {how}; its own scores are in the first row. Weights as chosen under the packaged teacher. {DKD_NOTE}"
         )
         teacher = arm(
             f"teacher_{name}", "the teacher itself", "student_control", bits=None, trained=False, start=name
         )
-        qat = arm(QAT, "QAT, no teacher", "qat_w4")
+        taught = [
+            replace(
+                one, name=f"{one.name}_{name}", trial=replace(one.trial, teacher=name), weights=(),
+                weight_of=one.weight_of or one.name, against=one.against and f"{one.against}_{name}",
+            )
+            for one in [*gate_arms(), grace(GRACE, "GRACE"), k8]
+        ]  # fmt: skip
+        arms = (teacher, arm(QAT, "QAT, no teacher", "qat_w4"), *taught)
         title = f"The gate against a teacher that is {name}"
-        arms = (teacher, qat, *noise_arms(name))
         tables.append(Table(f"noise_{name}", title, arms, f"{KD}_{name}", note, NOISY_KINDS))
     return tables
 
 
 def gate_table() -> Table:
     """Shapes of the gate, under a teacher that is not misled."""
+    k32, top8 = "distill.gate_sharpness=32", "distill.gate_top_k=8"
+    like_dkd = {"adaptive": False, "weight_of": "gdkd", "against": "dkd"}
     arms = [
-        *noise_arms(None)[:-1],
-        kl("gkl_k32", "gated KL, k = 32", GATED_KL, "distill.gate_sharpness=32", weight_of=KD),
-        kl("gkl_top8", "gated KL, among the 8 likeliest", GATED_KL, "distill.gate_top_k=8", weight_of=KD),
-        grace(
-            "gdkd_k32", "gate + DKD, k = 32", NO_RCKA, "distill.gate_sharpness=32", adaptive=False, weight_of="gdkd",
-        ),
-        grace(
-            "gdkd_top8", "gate + DKD, among the 8 likeliest", NO_RCKA, "distill.gate_top_k=8", adaptive=False,
-            weight_of="gdkd",
-        ),
-    ]  # fmt: skip
-    note = "g = exp(-k h); h over the whole vocabulary, or over the 8 likeliest tokens among themselves. Weights as without other shape."
+        *gate_arms(),
+        kl("gkl_k32", "gated KL, k = 32", GATED_KL, k32, weight_of=KD),
+        kl("gkl_top8", "gated KL, among the 8 likeliest", GATED_KL, top8, weight_of=KD),
+        grace("gdkd_k32", "gated DKD, k = 32", NO_RCKA, k32, **like_dkd),
+        grace("gdkd_top8", "gated DKD, among the 8 likeliest", NO_RCKA, top8, **like_dkd),
+    ]
+    note = (
+        "g = exp(-k h), h the entropy over the whole vocabulary, or over the 8 likeliest tokens among themselves. Weights of "
+        f"plain KL and of gated DKD as published. {DKD_NOTE}"
+    )
     return Table("gate", "Shapes of the gate", tuple(arms), KD, note)
 
 
@@ -254,14 +255,14 @@ def sweeps() -> list[Table]:
 def export_table() -> Table:
     """Whether the lossless export costs accuracy."""
     arms = (
-        arm(QAT, "QAT", "qat_w4"),
-        arm("qat_unsnapped", "QAT, scales never rounded", "qat_w4", kernels="unsnapped"),
+        arm(QAT, "QAT", "qat_w4", against=QAT),
+        arm("qat_unsnapped", "QAT, scales never rounded", "qat_w4", kernels="unsnapped", against=QAT),
         grace(GRACE, "GRACE"),
         grace("grace_unsnapped", "GRACE, scales never rounded", weight_of=GRACE, kernels="unsnapped"),
     )
     note = (
-        "Scales that are never rounded to bfloat16 train freely, but no format of section 6 holds them: the last column is "
-        "the score after rounding them at export."
+        'Scales that are never rounded to bfloat16 train freely, but no format of section 6 holds them: "rounded at '
+        'export" is the score after rounding them then.'
     )
     return Table("export", "Snapped scales: is the lossless export free?", arms, GRACE, note)
 
@@ -282,7 +283,7 @@ def equal_table() -> Table:
 
 def teacher_trial(noise: str) -> Trial:
     """How a noisy teacher is made: the packaged one, trained on with wrong lessons."""
-    overrides = ("run.max_steps=200", "optim.batch_size=16", "run.micro_batch_size=16", "optim.lr=5.0e-4")
+    overrides = ("run.max_steps=300", "optim.batch_size=16", "run.micro_batch_size=16", "optim.lr=1.0e-3")
     return Trial("small_world/student_control.yaml", overrides, start="teacher", saved_as=noise)
 
 

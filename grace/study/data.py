@@ -59,7 +59,7 @@ class Noise:
 # Two of the eight kinds: one that the student knows (.97 before training), one that it does not (.33).
 NOISY_KINDS = ("position", "sum")
 NOISES: Mapping[str, Noise] = {
-    "misled": Noise(NOISY_KINDS, 0.7, next=True),
+    "misled": Noise(NOISY_KINDS, 1.0, next=True),
     "unsure": Noise(NOISY_KINDS, 0.9, next=False),
 }
 

@@ -19,21 +19,23 @@ class Unsnapped(TorchKernels):
 
 
 class Once(TorchKernels):
-    """Quantizes a weight when it has changed, not in every micro-batch."""
+    """Quantizes a weight once, until it is told that weights have changed."""
 
     def __init__(self) -> None:
-        self.kept: dict[int, tuple[tuple[int, int], Tensor]] = {}
+        self.kept: dict[int, Tensor] = {}
+
+    def forget(self) -> None:
+        """To be called after every optimizer step: fused optimizers leave no trace on a tensor's version."""
+        self.kept.clear()
 
     def forward(  # type: ignore[override]
         self, weight_OI: Tensor, theta_OG: Tensor, group_size: int, bits: int, dtype: torch.dtype
     ) -> Tensor:
         """See `grace.quant.fake_quant.Kernels`."""
-        versions = (weight_OI._version, theta_OG._version)
-        known = self.kept.get(weight_OI.data_ptr())
-        if known is None or known[0] != versions:
-            known = versions, super().forward(weight_OI, theta_OG, group_size, bits, dtype)
-            self.kept[weight_OI.data_ptr()] = known
-        return known[1]
+        place = weight_OI.data_ptr()
+        if place not in self.kept:
+            self.kept[place] = super().forward(weight_OI, theta_OG, group_size, bits, dtype)
+        return self.kept[place]
 
 
 KERNELS: dict[str, Callable[[], TorchKernels]] = {"torch": TorchKernels, "unsnapped": Unsnapped, "once": Once}

@@ -25,7 +25,6 @@ from grace.models.processor import load_processor
 from grace.run import Run
 from grace.step import supervised_tokens, teacher_outputs
 from grace.step_inputs import StepBatches, StepInputs, consecutive
-from grace.step_stats import step_work
 
 TEACHER_BATCH = 32
 MAX_LENGTH = 1024
@@ -99,7 +98,7 @@ class RememberedBatches(StepBatches):
         groups = [[mine[i] for i in group] for group in consecutive([len(share) for share in shares])]
         student: list[Batch | None] = [self.batch([self.samples[i] for i in group]) for group in groups]
         cached: Any = None if self.said is None else [self.signals(self.said, group) for group in groups]
-        return StepInputs(student, cached=cached, work=step_work(student))
+        return StepInputs(student, cached=cached)
 
     def signals(self, said: Said, group: Sequence[int]) -> Remembered:
         """The teacher's side of a micro-batch."""

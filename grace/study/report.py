@@ -102,7 +102,7 @@ def _verdict(study: Study, table: Table) -> list[str]:
         if value is not None and value.n > 1:
             (same if not value.clear else better if value.mean > 0 else worse).append(arm.label)
     told = {"Better, beyond the interval": better, "Worse": worse, "Not told apart": same}
-    text = " ".join(f"{name}: {', '.join(labels)}." for name, labels in told.items() if labels)
+    text = " ".join(f"{name}: {'; '.join(labels)}." for name, labels in told.items() if labels)
     return ["", text] if text else []
 
 

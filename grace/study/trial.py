@@ -26,6 +26,7 @@ from grace.config import Recipe, load_recipe, resource
 from grace.data.records import load_records
 from grace.demo import scoring
 from grace.distill.cache_store import TeacherCache
+from grace.errors import UserError
 from grace.evaluation.exact_match import by_type, evaluate, summarize
 from grace.models.processor import load_processor
 from grace.parallel import make_accelerator
@@ -33,7 +34,7 @@ from grace.quant.fake_quant import TorchKernels, use_kernels
 from grace.run import Run, set_up
 from grace.step import NonFiniteLoss
 from grace.step_inputs import StepBatches
-from grace.study.kernels import KERNELS
+from grace.study.kernels import KERNELS, Once
 from grace.study.memo import RememberedBatches, said_by, samples_of, scored_batches
 from grace.teacher_cache import fill_cache
 from grace.train import one_step
@@ -141,14 +142,22 @@ def outcome(trial: Trial, out: Path) -> dict[str, Any]:
         cache = open_cache(recipe, processor, records)
     steps = cast(int, recipe.run.max_steps) if trial.trained else 0
     run = set_up(recipe, accelerator, processor.tokenizer, max(1, steps), cache)
-    use_kernels(accelerator.device.type, KERNELS[trial.kernels]())
+    kernels = KERNELS[trial.kernels]()
+    use_kernels(accelerator.device.type, kernels)
     whole = cache is not None or trial.saved_as is not None  # too much to remember, for one trial each
     batches = (
         StepBatches(run, records, processor)
         if whole or not steps
         else RememberedBatches(run, records, processor, data_path(out, trial))
     )
-    logs = [one_step(run, batches.inputs(step), step)[0] for step in range(steps)]
+    logs = []
+    for step in range(steps):
+        inputs = batches[step]
+        if isinstance(inputs, UserError):
+            raise inputs
+        logs.append(one_step(run, inputs, step)[0])
+        if isinstance(kernels, Once):
+            kernels.forget()
     scores = score(run, split_path(out, trial))
     row = {"scores": scores, "log": logged(logs), "weights_sha256": digest(run)}
     if trial.kernels == "unsnapped":

@@ -59,7 +59,7 @@ def test_all_wrong_by_one(study_dir: Path) -> None:
 
 def test_a_share_is_wrong_the_same_every_time(study_dir: Path) -> None:
     lessons = records(study_dir / "world" / "teacher_answer.json") * 8
-    noise = NOISES["misled"]
+    noise = NOISES["unsure"]
     after = mislead(lessons, noise)
     assert after == mislead(lessons, noise)
     pairs = [

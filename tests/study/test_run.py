@@ -82,7 +82,9 @@ class TestQuickStudy:
         assert before == {path: path.stat().st_mtime_ns for path in out.glob("rows/*.json")}
         text = results.read_text()
         assert (
-            text.startswith(f"mine\n{BEGIN}\n") and text.endswith(f"{END}\nmine too\n") and "old" not in text
+            text.startswith(f"mine\n{BEGIN}\n")
+            and text.endswith(f"{END}\nmine too\n")
+            and "\nold\n" not in text
         )
         assert "W2, GRACE" in text and (tmp_path / "recipes" / "study" / "bits.png").exists()
         assert len((tmp_path / "benchmarks" / "results" / "study.jsonl").read_text().splitlines()) == 8
