@@ -17,7 +17,7 @@ from grace.errors import Parser, UserError, run_command
 
 # Copies of grace.runtime.int4_linear.KERNELS and grace.export.pack.FORMATS: importing those costs
 # seconds. A test keeps them equal.
-KERNELS = ("auto", "triton", "aten", "dequant", "reference", "gptqmodel")
+KERNELS = ("auto", "triton", "native", "aten", "dequant", "reference", "gptqmodel")
 FORMATS = ("awq", "compressed-tensors", "gguf", "mlx", "qat")
 
 
