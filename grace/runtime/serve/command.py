@@ -159,6 +159,7 @@ def _load(args: argparse.Namespace) -> Service:
         queue=defaults.queue if args.max_queue is None else args.max_queue,
         body=args.max_body or defaults.body,
         seconds=args.request_timeout or defaults.seconds,
+        pixels=args.max_pixels,
     )
     return Service(engine, name, weight_bytes(engine.model), limits, rules)
 
