@@ -18,7 +18,7 @@ from grace.errors import Parser, UserError, run_command
 
 # Copies of grace.runtime.int4_linear.KERNELS and grace.export.pack.FORMATS: importing those costs
 # seconds. A test keeps them equal.
-KERNELS = ("auto", "aten", "dequant", "reference")
+KERNELS = ("auto", "triton", "aten", "dequant", "reference", "gptqmodel")
 FORMATS = ("awq", "compressed-tensors", "gguf", "mlx", "qat")
 
 

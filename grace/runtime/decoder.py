@@ -139,16 +139,24 @@ class Decoder:
             ValueError: a row twice, none at all, or one that is empty.
             UserError: a row that is full.
         """
+        self.check_step(rows, tokens)
+        logits_RV = self._step(list(rows), list(tokens))
+        self.advance(rows)
+        return logits_RV
+
+    def check_step(self, rows: Sequence[int], tokens: Sequence[int]) -> None:
+        """Raises what `decode` raises for these rows."""
         if not rows or len(set(rows)) != len(rows) or len(rows) != len(tokens):
             raise ValueError(f"rows {list(rows)} with {len(tokens)} tokens")
         if any(not self._lengths[row] for row in rows):
             raise ValueError(f"rows {list(rows)}: one of them has no prompt")
         if any(self._lengths[row] >= self.context for row in rows):
             raise UserError(f"the context of {self.context} tokens is full: raise --context")
-        logits_RV = self._step(list(rows), list(tokens))
+
+    def advance(self, rows: Sequence[int]) -> None:
+        """Counts a token more in each of `rows`."""
         for row in rows:
             self._lengths[row] += 1
-        return logits_RV
 
     # ------------------------------------------------------------ the forward pass
 

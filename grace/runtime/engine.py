@@ -6,6 +6,7 @@ engine.generate(["picture.png"], "Describe the picture.").text
 for text in engine.stream(["picture.png"], "Describe the picture."): print(text, end="")
 """
 
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from grace.data.records import IMAGE_MARK, Turn, open_image
 from grace.data.template import Sample, encode_prompt
 from grace.errors import UserError
 from grace.models.processor import load_processor
-from grace.runtime.decoder import Decoder
+from grace.runtime.graphs import GraphDecoder, decoder_for, tune
 from grace.runtime.int4_linear import set_kernel
 from grace.runtime.loading import checkpoint_kind, load_model, require_tokenizer
 from grace.runtime.sampling import Sampler, Sampling
@@ -107,7 +108,7 @@ class Engine:
     def __init__(self, model: Any, processor: Any, kind: str, context: int | None = None, rows: int = 1):
         self.model, self.processor, self.kind = model, processor, kind
         self._grows = context is None
-        self.decoder = Decoder(model, rows, context or CONTEXT_STEP)
+        self.decoder = decoder_for(model, rows, context or CONTEXT_STEP)
         stored = model.generation_config.eos_token_id
         ends = {stored} if isinstance(stored, int) else set(stored or ())
         self.ends = frozenset({*ends, processor.tokenizer.convert_tokens_to_ids("<|im_end|>")})
@@ -210,7 +211,10 @@ def load(
     if device is not None:
         model = model.to(device)
     set_kernel(model, kernel)
-    return Engine(model, processor, kind, context, rows)
+    engine = Engine(model, processor, kind, context, rows)
+    if isinstance(engine.decoder, GraphDecoder):
+        tune(engine.decoder, lambda line: print(f"kernel timed, once per device: {line}", file=sys.stderr))
+    return engine
 
 
 def question(prompt: str, pictures: int) -> Turn:

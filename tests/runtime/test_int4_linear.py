@@ -54,6 +54,7 @@ def assert_close(result: torch.Tensor, oracle: torch.Tensor, tolerance: float) -
         ("dequant", torch.bfloat16, 2**-7),
         ("dequant", torch.float32, 1e-5),
         ("reference", torch.float32, 1e-6),
+        ("triton", torch.bfloat16, 2**-7),
         ("auto", torch.bfloat16, 2**-7),
         ("auto", torch.float16, 2e-3),
     ],
@@ -75,10 +76,10 @@ def test_auto_goes_by_type_and_number_of_tokens():
     few, many = (
         torch.zeros(tokens, 256, dtype=torch.bfloat16) for tokens in (ATEN_MAX_TOKENS, ATEN_MAX_TOKENS + 1)
     )
-    assert layer.chosen_kernel(few) == "aten" and layer.chosen_kernel(many) == "dequant"
-    assert layer.chosen_kernel(few.view(2, -1, 256)) == "aten"
-    assert layer.chosen_kernel(few.float()) == layer.chosen_kernel(few.half()) == "dequant"
-    assert packed_layer(out_features=24).chosen_kernel(few) == "dequant"  # not a multiple of 16
+    assert layer.choice(few).kernel == "aten" and layer.choice(many).kernel == "dequant"
+    assert layer.choice(few.view(2, -1, 256)).kernel == "aten"
+    assert layer.choice(few.float()).kernel == layer.choice(few.half()).kernel == "dequant"
+    assert packed_layer(out_features=24).choice(few).kernel == "dequant"  # not a multiple of 16
 
 
 def test_the_chosen_kernel_is_the_one_that_runs(monkeypatch: pytest.MonkeyPatch):
@@ -116,6 +117,20 @@ def test_a_kernel_that_cannot_run_raises():
     for shape in [(200, 16), (256, 12)]:
         with pytest.raises(ValueError, match="AWQ needs"):
             Int4Linear(*shape)
+
+
+def test_kernels_of_other_devices_are_refused_with_what_to_do(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    model = nn.Sequential(packed_layer())
+    for kernel, message in {
+        "triton": "run on a CUDA device",
+        "gptqmodel": "pip install gptqmodel|CUDA device",
+    }.items():
+        with pytest.raises(
+            UserError, match=f"kernel '{kernel}' cannot run 0 .*({message}).*choose auto or dequant"
+        ):
+            set_kernel(model, kernel)
+    assert int4_linears(model)["0"].kernel == "auto"
 
 
 def test_running_changes_nothing_that_is_stored():
@@ -161,5 +176,8 @@ def test_one_kernel_for_a_model_or_none():
     assert describe_kernels(model) == "2 packed layers: dequant"
     set_kernel(model, "auto")
     assert f"ATen int4 up to {ATEN_MAX_TOKENS}" in describe_kernels(model)
-    assert "divisible by 16" in describe_kernels(model)
+    assert (
+        "1 packed layers (2): dequantize + dense (ATen's int4 matmul needs out_features divisible by 16"
+        in (describe_kernels(model))
+    )
     assert describe_kernels(nn.Linear(1, 1)) == "dense layers only"
