@@ -53,6 +53,7 @@ def add_serve(commands: "argparse._SubParsersAction[Parser]", kernels: Sequence[
     running.add_argument(
         "--kernel", choices=kernels, default="auto", help="for packed layers; default: %(default)s"
     )
+    running.add_argument("--device", metavar="NAME", help="cpu, cuda or cuda:1; default: cpu")
     running.add_argument("--access-log", action="store_true", help="a line on stderr for every request")
 
 
