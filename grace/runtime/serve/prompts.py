@@ -83,12 +83,14 @@ class Prompts:
         """
         if isinstance(prompt, str):
             self._check_length([prompt], "prompt")
-            prompt = await self._run(text_ids, prompt, self.processor)
-        elif not all(0 <= token < self._known for token in prompt):
-            raise bad_request(f"token ids range from 0 to {self._known - 1}", "prompt")
-        elif not self._visual.isdisjoint(prompt):
-            raise bad_request("the tokens of pictures need pictures: use /v1/chat/completions", "prompt")
-        return self._fitting(encode_ids(prompt), "prompt")
+            ids = await self._run(text_ids, prompt, self.processor)
+        else:
+            ids = prompt
+            if not all(0 <= token < self._known for token in ids):
+                raise bad_request(f"token ids range from 0 to {self._known - 1}", "prompt")
+            if not self._visual.isdisjoint(ids):
+                raise bad_request("the tokens of pictures need pictures: use /v1/chat/completions", "prompt")
+        return self._fitting(encode_ids(ids), "prompt")
 
     def close(self) -> None:
         """Ends the thread."""
