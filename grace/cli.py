@@ -1,6 +1,6 @@
 """The `grace` command. Every import of an implementation waits until its sub-command runs.
 
-grace demo | study | data ... | train | report | teacher-cache | quantize | export | push | generate | serve | eval | inspect
+grace demo | study | data ... | train | report | teacher-cache | quantize | export | push | generate | serve | eval | bench | inspect
 """
 
 import argparse
@@ -11,15 +11,16 @@ from pathlib import Path
 from grace import __version__
 from grace.arguments import add as _add
 from grace.arguments import add_json as _add_json
-from grace.arguments import add_teacher_cache, add_train, byte_size, integer, number
+from grace.arguments import add_teacher_cache, add_train, byte_size, integer
 from grace.cli_data import add_data
 from grace.cli_eval import add_eval
 from grace.cli_publish import FORMATS, add_card, add_push, add_quantize
+from grace.cli_runtime import add_bench, add_generate
 from grace.cli_serve import add_serve
 from grace.errors import Parser, UserError, run_command
 
 # A copy of grace.runtime.int4_linear.KERNELS: importing that costs seconds. A test keeps them equal.
-KERNELS = ("auto", "triton", "aten", "dequant", "reference", "gptqmodel")
+KERNELS = ("auto", "triton", "native", "aten", "dequant", "reference", "gptqmodel")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -56,12 +57,13 @@ def build_parser() -> Parser:
         add_quantize,
         _add_export,
         add_push,
-        _add_generate,
-        _add_eval,
+        lambda commands: add_generate(commands, KERNELS),
+        lambda commands: add_eval(commands, KERNELS),
         _add_inspect,
     ):
         add(commands)
     add_serve(commands, KERNELS)
+    add_bench(commands, KERNELS)
     return parser
 
 
@@ -140,37 +142,6 @@ def _add_export(commands: "argparse._SubParsersAction[Parser]") -> None:
     _add_json(parser)
 
 
-def _add_generate(commands: "argparse._SubParsersAction[Parser]") -> None:
-    parser = _add(commands, "generate", "Answer a prompt about pictures.", _generate)
-    parser.add_argument("directory", metavar="DIR", type=Path, help="an exported model or a run's model/")
-    parser.add_argument(
-        "--image", nargs="+", action="extend", default=[], metavar="FILE", help="pictures, in order"
-    )
-    parser.add_argument("--prompt", required=True, metavar="TEXT", help="may place each picture with <image>")
-    parser.add_argument(
-        "--max-new-tokens", type=integer(1), default=128, metavar="N", help="default: %(default)s"
-    )
-    parser.add_argument(
-        "--temperature",
-        type=number(0),
-        default=0.0,
-        metavar="T",
-        help="default: 0, always the likeliest token",
-    )
-    parser.add_argument(
-        "--top-p", type=number(0, 1, open_low=True), default=1.0, metavar="P", help="default: 1"
-    )
-    parser.add_argument("--seed", type=integer(0), help="makes sampling repeatable")
-    parser.add_argument(
-        "--kernel", choices=KERNELS, default="auto", help="for packed layers; default: %(default)s"
-    )
-    _add_json(parser)
-
-
-def _add_eval(commands: "argparse._SubParsersAction[Parser]") -> None:
-    add_eval(commands, KERNELS)
-
-
 def _add_inspect(commands: "argparse._SubParsersAction[Parser]") -> None:
     parser = _add(commands, "inspect", "Show a quantized model layer by layer.", _inspect)
     parser.add_argument("directory", metavar="DIR", type=Path, help="an AWQ or QAT directory")
@@ -217,12 +188,6 @@ def _export(args: argparse.Namespace) -> int:
 
     args.format = args.format or ["awq"]
     return run_export(args)
-
-
-def _generate(args: argparse.Namespace) -> int:
-    from grace.runtime.generate import run_generate
-
-    return run_generate(args)
 
 
 def _inspect(args: argparse.Namespace) -> int:

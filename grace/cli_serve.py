@@ -38,6 +38,10 @@ def add_serve(commands: "argparse._SubParsersAction[Parser]", kernels: Sequence[
     sizes.add_argument(
         "--request-timeout", type=number(0, open_low=True), metavar="S", help="seconds; default: 600"
     )
+    sizes.add_argument(
+        "--max-pixels", type=integer(1), metavar="N",
+        help="larger pictures are scaled down to this area; default: the model's, at most half the context",
+    )  # fmt: skip
     pictures = parser.add_argument_group("pictures, besides data URLs")
     pictures.add_argument(
         "--allow-urls", action="store_true", help="fetch http(s) URLs, from public addresses only"
@@ -49,6 +53,7 @@ def add_serve(commands: "argparse._SubParsersAction[Parser]", kernels: Sequence[
     running.add_argument(
         "--kernel", choices=kernels, default="auto", help="for packed layers; default: %(default)s"
     )
+    running.add_argument("--device", metavar="NAME", help="cpu, cuda or cuda:1; default: cpu")
     running.add_argument("--access-log", action="store_true", help="a line on stderr for every request")
 
 

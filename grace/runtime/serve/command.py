@@ -146,21 +146,46 @@ def _load(args: argparse.Namespace) -> Service:
     import transformers
 
     from grace.runtime.engine import load
+    from grace.runtime.graphs import GraphDecoder
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     name = args.served_model_name or args.directory.resolve().name
-    engine = load(
-        args.directory, kernel=args.kernel, context=args.context or CONTEXT, rows=args.max_batch or MAX_BATCH
-    )
+    rows, context = args.max_batch or MAX_BATCH, args.context or CONTEXT
+    device = None if args.device is None else _device(args.device)
+    try:
+        engine = load(args.directory, kernel=args.kernel, context=context, rows=rows, device=device)
+    except (RuntimeError, MemoryError) as error:
+        if "alloc" not in str(error) and "memory" not in str(error):
+            raise
+        raise UserError(
+            f"no memory for the model and {rows} x {context} tokens: lower --max-batch or --context"
+        ) from error
+    if isinstance(engine.decoder, GraphDecoder):
+        engine.decoder.warm_up()
     rules = ImageRules(allow_urls=args.allow_urls, root=args.image_root)
     defaults = Limits()
     limits = Limits(
         queue=defaults.queue if args.max_queue is None else args.max_queue,
         body=args.max_body or defaults.body,
         seconds=args.request_timeout or defaults.seconds,
+        pixels=args.max_pixels,
     )
     return Service(engine, name, weight_bytes(engine.model), limits, rules)
+
+
+def _device(name: str) -> Any:
+    import torch
+
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # an assertion where torch was built without it
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(
+            f"--device {name} cannot be used ({reason}): give one that this machine has"
+        ) from error
+    return device
 
 
 def weight_bytes(model: Any) -> int:

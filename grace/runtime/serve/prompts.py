@@ -30,10 +30,13 @@ class Prompts:
     Args:
         processor: copied, since the scheduler's thread uses the original's tokenizer.
         context: tokens that a prompt and its answer may take together.
+        max_pixels: larger pictures are scaled down to this area; None is the model's own limit, and at most half
+            of the context for one picture.
     """
 
-    def __init__(self, processor: Any, images: Images, context: int):
+    def __init__(self, processor: Any, images: Images, context: int, max_pixels: int | None = None):
         self.processor, self.images, self.context = copy.deepcopy(processor), images, context
+        _limit_pixels(self.processor.image_processor, context, max_pixels)
         self._thread = ThreadPoolExecutor(1, "grace-prompts")
         vocabulary = self.processor.tokenizer.get_vocab()
         self._longest = max(len(token) for token in vocabulary)  # bytes: the names are byte-level
@@ -80,12 +83,14 @@ class Prompts:
         """
         if isinstance(prompt, str):
             self._check_length([prompt], "prompt")
-            prompt = await self._run(text_ids, prompt, self.processor)
-        elif not all(0 <= token < self._known for token in prompt):
-            raise bad_request(f"token ids range from 0 to {self._known - 1}", "prompt")
-        elif not self._visual.isdisjoint(prompt):
-            raise bad_request("the tokens of pictures need pictures: use /v1/chat/completions", "prompt")
-        return self._fitting(encode_ids(prompt), "prompt")
+            ids = await self._run(text_ids, prompt, self.processor)
+        else:
+            ids = prompt
+            if not all(0 <= token < self._known for token in ids):
+                raise bad_request(f"token ids range from 0 to {self._known - 1}", "prompt")
+            if not self._visual.isdisjoint(ids):
+                raise bad_request("the tokens of pictures need pictures: use /v1/chat/completions", "prompt")
+        return self._fitting(encode_ids(ids), "prompt")
 
     def close(self) -> None:
         """Ends the thread."""
@@ -122,6 +127,14 @@ class Prompts:
             param,
             "context_length_exceeded",
         )
+
+
+def _limit_pixels(image_processor: Any, context: int, max_pixels: int | None) -> None:
+    tile = (image_processor.patch_size * image_processor.merge_size) ** 2  # pixels of one token
+    size = image_processor.size
+    largest = min(size["longest_edge"], context // 2 * tile) if max_pixels is None else max_pixels
+    largest = max(largest, tile)
+    image_processor.size = {"shortest_edge": min(size["shortest_edge"], largest), "longest_edge": largest}
 
 
 def _split(message: ClientMessage, param: str) -> tuple[list[str], list[tuple[str, str]]]:

@@ -84,6 +84,12 @@ class Job:
     row: int = -1
     token: int = -1  # the next one to be decoded
 
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is the next one, with nothing added to it."""
+        sampling = self.sampler.sampling
+        return sampling.temperature == 0 and sampling.repetition_penalty == 1 and self.adjustments is None
+
 
 Deliver = Callable[[list[tuple[Job, Output]]], None]
 
@@ -220,18 +226,21 @@ class Scheduler:
         except Exception as error:  # noqa: BLE001 - the answers are lost, the server is not
             self._fail(jobs, error)
             return
-        for job, logits_V in zip(jobs, logits_RV, strict=True):
+        best = logits_RV.argmax(-1).tolist() if any(job.greedy for job in jobs) else []  # one call for all
+        for index, job in enumerate(jobs):
             try:
-                self._advance(job, logits_V)
+                self._advance(job, logits_RV[index], best[index] if job.greedy else None)
             except Exception as error:  # noqa: BLE001 - as in `_admit`
                 self._fail([job], error)
         self._metrics.batch_size.observe(len(jobs))
         self._metrics.step_seconds.observe(time.monotonic() - start)
 
-    def _advance(self, job: Job, logits_V: Tensor) -> None:
-        """Draws an answer's next token."""
-        adjusted_V = logits_V if job.adjustments is None else job.adjustments.apply(logits_V)
-        token = job.token = job.sampler.next(adjusted_V)
+    def _advance(self, job: Job, logits_V: Tensor, token: int | None = None) -> None:
+        """Draws an answer's next token, where it is not known yet."""
+        if token is None:
+            adjusted_V = logits_V if job.adjustments is None else job.adjustments.apply(logits_V)
+            token = job.sampler.next(adjusted_V)
+        job.token = token
         if job.adjustments is not None:
             job.adjustments.count(token)
         known = None if job.likeliest is None else alternatives(logits_V, token, job.likeliest)

@@ -156,9 +156,10 @@ class CompletionRequest(Request):
 
     def prompts(self) -> list[str | list[int]]:
         """One text, or its tokens, for each answer that is wanted."""
-        if isinstance(self.prompt, list) and not isinstance(self.prompt[0], int):
-            return [*self.prompt]
-        return [self.prompt]  # type: ignore[list-item]
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        numbers = [one for one in self.prompt if isinstance(one, int)]
+        return [numbers] if numbers else [one for one in self.prompt if not isinstance(one, int)]
 
 
 def read_chat(body: dict[str, Any]) -> ChatRequest:

@@ -34,12 +34,14 @@ class Limits:
         body: bytes of one request.
         seconds: of one request, waiting included.
         body_seconds: in which a request's body must arrive.
+        pixels: larger pictures are scaled down to this area; None leaves it to the model and the context.
     """
 
     queue: int = 128
     body: int = 32 << 20
     seconds: float = 600.0
     body_seconds: float = 60.0
+    pixels: int | None = None
 
 
 class Answers:
@@ -93,7 +95,7 @@ class Service:
         self.metrics = Metrics(name, weight_bytes, self.rows)
         self.bodies = Bodies(limits.body, seconds=limits.body_seconds)
         self.images = Images(rules)
-        self.prompts = Prompts(engine.processor, self.images, self.context)
+        self.prompts = Prompts(engine.processor, self.images, self.context, limits.pixels)
         self.scheduler = Scheduler(engine.decoder, self._deliver, self.metrics)
         self.taken = 0  # answers admitted and not finished
         self.pixels = 0  # bytes of their pictures

@@ -1,5 +1,6 @@
 """The endpoints over a made-up decoder: shapes of answers and events, and what hostile requests get."""
 
+import copy
 import json
 import socket
 import threading
@@ -395,6 +396,17 @@ def test_pictures_that_do_not_fit_the_context(processor):
         assert error["code"] == "context_length_exceeded"
         pictures = [part for _ in range(20) for part in with_picture(data_url(picture()), "")]
         assert assert_refused(chat(url, question(pictures)), 400)["code"] == "context_length_exceeded"
+
+
+def test_a_large_picture_is_scaled_down_to_half_the_context(processor):
+    roomy = copy.deepcopy(processor)
+    roomy.image_processor.size = {"shortest_edge": 1024, "longest_edge": 2**24}
+    body = question(with_picture(data_url(picture(size=(900, 900)))))  # 784 tokens as it is
+    for limits, tokens in ((Limits(), 225), (Limits(pixels=64 * 64), 4)):
+        decoder = MadeUpDecoder(context=512)
+        with live(service_for(decoder, roomy, limits)) as url:
+            assert chat(url, body).status_code == 200
+            assert decoder.prompts_read[-1].count(processor.image_token_id) == tokens
 
 
 def test_bodies_without_a_length(url):
