@@ -12,7 +12,7 @@ Shape suffixes: T tokens (one of each sequence), P parts, D hidden width, I inne
 heads, X = Q + 2 K, S head size, R rows of the cache, C places in a row, N parts of the context.
 """
 
-# pyright: reportGeneralTypeIssues=false
+# pyright: reportGeneralTypeIssues=false, reportAssignmentType=false
 # (what `triton.jit` makes of a function is no Python function to a type checker)
 
 from typing import Any
