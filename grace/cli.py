@@ -1,6 +1,6 @@
 """The `grace` command. Every import of an implementation waits until its sub-command runs.
 
-grace demo | data ... | train | report | teacher-cache | export | generate | inspect
+grace demo | data ... | train | report | teacher-cache | export | generate | inspect | serve
 """
 
 import argparse
@@ -13,11 +13,12 @@ from grace.arguments import add as _add
 from grace.arguments import add_json as _add_json
 from grace.arguments import add_teacher_cache, add_train, byte_size, integer, number
 from grace.cli_data import add_data
+from grace.cli_serve import add_serve
 from grace.errors import Parser, UserError, run_command
 
 # Copies of grace.runtime.int4_linear.KERNELS and grace.export.pack.FORMATS: importing those costs
 # seconds. A test keeps them equal.
-KERNELS = ("auto", "triton", "aten", "dequant", "reference", "gptqmodel")
+KERNELS = ("auto", "triton", "native", "aten", "dequant", "reference", "gptqmodel")
 FORMATS = ("awq", "compressed-tensors", "gguf", "mlx", "qat")
 
 
@@ -56,6 +57,7 @@ def build_parser() -> Parser:
         _add_inspect,
     ):
         add(commands)
+    add_serve(commands, KERNELS)
     return parser
 
 

@@ -41,6 +41,10 @@ USAGE_ERRORS = {
     "generate: top-p above 1": ([*GENERATE, "--top-p", "1.01"], "at most 1"),
     "generate: negative seed": ([*GENERATE, "--seed", "-1"], "at least 0"),
     "generate: unknown kernel": ([*GENERATE, "--kernel", "marlin"], "'dequant'"),
+    "serve: no directory": (["serve"], "DIR"),
+    "serve: port in words": (["serve", "x", "--port", "http"], "whole number"),
+    "serve: unknown engine": (["serve", "x", "--engine", "ollama"], "'vllm'"),
+    "serve: no batch": (["serve", "x", "--max-batch", "0"], "at least 1"),
     "demo: seed in words": (["demo", "--seed", "lucky"], "whole number"),
     "small world: no out": (["data", "small-world"], "--out"),
     "small world: split without size": (
@@ -102,7 +106,7 @@ def test_modules_run_as_commands(module):
 @pytest.mark.parametrize(
     "arguments",
     [
-        *([], ["demo"], ["data"], ["train"], ["export"], ["generate"], ["inspect"]),
+        *([], ["demo"], ["data"], ["train"], ["export"], ["generate"], ["inspect"], ["serve"]),
         *(["data", name] for name in ("audit", "stats", "download", "small-world")),
     ],
     ids=lambda arguments: " ".join(["grace", *arguments]),

@@ -111,7 +111,9 @@ def shape_obstacle(in_features: int, out_features: int, group_size: int) -> str 
 def input_obstacle(x: Tensor) -> str | None:
     """Why the kernel cannot multiply these activations, or None if it can."""
     if x.device.type != "cpu" or x.dtype != torch.bfloat16:
-        return f"the compiled kernel takes bfloat16 on the CPU, the activations are {x.dtype} on {x.device.type}"
+        return (
+            f"the compiled kernel takes bfloat16 on the CPU, the activations are {x.dtype} on {x.device.type}"
+        )
     return None
 
 
@@ -132,7 +134,9 @@ def prepare(linears: Sequence[Awq], group_size: int) -> NativeWeight:
         tensors = [tensor.contiguous() for tensor in (one.qweight, one.qzeros, one.scales)]
         for tensor, shape, dtype in zip(tensors, shapes, types, strict=True):
             if tensor.shape != shape or tensor.dtype != dtype or tensor.device.type != "cpu":
-                raise ValueError(f"expected {dtype} {shape} on the CPU, not {tensor.dtype} {tuple(tensor.shape)}")
+                raise ValueError(
+                    f"expected {dtype} {shape} on the CPU, not {tensor.dtype} {tuple(tensor.shape)}"
+                )
         bias = None if one.bias is None else one.bias.detach().float().contiguous()
         symmetric = bool((tensors[1] == _ZERO_WORD).all())
         part.qweight, part.scales = tensors[0].data_ptr(), tensors[2].data_ptr()

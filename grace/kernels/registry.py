@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from grace.kernels import aten, dequant, marlin, reference, w4a16
+from grace.kernels import aten, dequant, marlin, native, reference, w4a16
 
 # `auto` multiplies up to this many tokens with ATen's fused kernel, more by dequantizing first: where the
 # two meet in benchmarks/int4_cpu.py at the linear shapes of the 2B model, one core of an AVX-512 EPYC with
@@ -90,12 +90,25 @@ def _cpu_only(device: torch.device) -> Obstacle:
     )
 
 
+def _compiled(device: torch.device) -> Obstacle:
+    if device.type != "cpu":
+        return f"the compiled kernel runs on the CPU, the weights are on {device.type}"
+    return native.obstacle()
+
+
 KERNELS: Mapping[str, Kernel] = {
     "triton": Kernel(
         lambda shape: w4a16.shape_obstacle(*shape),
         w4a16.device_obstacle,
         w4a16.input_obstacle,
         lambda x_MI, stored, bias_O: w4a16.matmul(x_MI, *stored, bias_O),
+    ),
+    "native": Kernel(
+        lambda shape: native.shape_obstacle(*shape),
+        _compiled,
+        native.input_obstacle,
+        lambda x_MI, weight, bias_O: _plus(native.matmul(x_MI, weight), bias_O),
+        lambda stored, dtype: native.prepare([native.Awq(*stored[:3])], stored.group_size),
     ),
     "aten": Kernel(
         lambda shape: aten.shape_obstacle(shape.out_features, shape.group_size),
@@ -122,19 +135,30 @@ NAMES = ("auto", *KERNELS)
 def choose(shape: Shape, x: Tensor) -> Choice:
     """What `auto` runs for these activations: the fused kernel of their device, else dequantize + dense.
 
-    On the CPU only up to `ATEN_MAX_TOKENS` tokens, where ATen's kernel meets the dense product.
+    On the CPU that is the compiled kernel, which takes any number of tokens; where it cannot run ATen's, up to
+    `ATEN_MAX_TOKENS`, where that meets the dense product.
     """
-    fused = "aten" if x.device.type == "cpu" else "triton"
-    kernel = KERNELS[fused]
+    if x.device.type == "cpu":
+        return _choose_on_cpu(shape, x)
+    kernel = KERNELS["triton"]
+    obstacle = kernel.layer_obstacle(shape, x.device) or kernel.input_obstacle(x)
+    return Choice("dequant", obstacle) if obstacle else Choice("triton", "the fused kernel of this device")
+
+
+def _choose_on_cpu(shape: Shape, x: Tensor) -> Choice:
+    compiled = KERNELS["native"]
+    if not (compiled.input_obstacle(x) or compiled.layer_obstacle(shape, x.device)):
+        return Choice("native", "compiled for this processor")
+    kernel = KERNELS["aten"]
     obstacle = kernel.layer_obstacle(shape, x.device) or kernel.input_obstacle(x)
     if obstacle:
         return Choice("dequant", obstacle)
     tokens = x.numel() // shape.in_features
-    if fused == "aten" and tokens > ATEN_MAX_TOKENS:
+    if tokens > ATEN_MAX_TOKENS:
         return Choice(
             "dequant", f"{tokens} tokens, from {ATEN_MAX_TOKENS + 1} on the dense product is faster"
         )
-    return Choice(fused, "the fused kernel of this device")
+    return Choice("aten", "the fused kernel of this device")
 
 
 def describe(shape: Shape, kernel: str, device: torch.device) -> str:
@@ -144,11 +168,16 @@ def describe(shape: Shape, kernel: str, device: torch.device) -> str:
     if device.type == "cuda":
         obstacle = KERNELS["triton"].layer_obstacle(shape, device)
         return f"dequantize + dense ({obstacle})" if obstacle else "Triton W4A16 (16-bit activations on CUDA)"
+    compiled = KERNELS["native"].layer_obstacle(shape, device)
+    if device.type == "cpu" and not compiled:
+        return "compiled int4 kernel (bfloat16 activations)"
     obstacle = KERNELS["aten"].layer_obstacle(shape, device)
     if obstacle or device.type != "cpu":
         return f"dequantize + dense ({obstacle or f'no fused kernel for {device.type}'})"
     dense = "bfloat16" if dequant.cpu_multiplies_bfloat16() else "float32"
-    return f"ATen int4 up to {ATEN_MAX_TOKENS} bfloat16 tokens, else dequantize + dense {dense}"
+    return (
+        f"ATen int4 up to {ATEN_MAX_TOKENS} bfloat16 tokens, else dequantize + dense {dense} (since {compiled})"
+    )
 
 
 def classes(described: Iterable[tuple[str, str]]) -> list[tuple[str, int, str]]:

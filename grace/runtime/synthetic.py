@@ -71,12 +71,18 @@ class SyntheticModel:
         layer: dict[str, Drawn] = {}
         for done, (file, names) in enumerate(files.items()):
             first_layer = file.startswith("layer") and not layer
-            drawn = layer if layer and file.startswith("layer") else {_role(name): self._draw(name) for name in names}
+            drawn = (
+                layer
+                if layer and file.startswith("layer")
+                else {_role(name): self._draw(name) for name in names}
+            )
             layer = drawn if first_layer else layer
             tensors: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
             for name in names:
                 stored, weight = drawn[_role(name)]
-                tensors[0].update({name.rpartition(".")[0] + f".{part}": tensor for part, tensor in stored.items()})
+                tensors[0].update(
+                    {name.rpartition(".")[0] + f".{part}": tensor for part, tensor in stored.items()}
+                )
                 tensors[1][name] = weight
             for directory, one in zip((packed, dense), tensors, strict=True):
                 directory.mkdir(parents=True, exist_ok=True)
@@ -90,8 +96,14 @@ class SyntheticModel:
         for file in sorted(directory.glob("*.safetensors")):
             with safe_open(file, "pt") as tensors:
                 index |= dict.fromkeys(tensors.keys(), file.name)
-        write_text(directory / "model.safetensors.index.json", json.dumps({"metadata": {}, "weight_map": index}))
-        config = {**self.config.to_dict(), "architectures": ["Qwen3VLForConditionalGeneration"], "dtype": "bfloat16"}
+        write_text(
+            directory / "model.safetensors.index.json", json.dumps({"metadata": {}, "weight_map": index})
+        )
+        config = {
+            **self.config.to_dict(),
+            "architectures": ["Qwen3VLForConditionalGeneration"],
+            "dtype": "bfloat16",
+        }
         write_text(directory / "config.json", json.dumps({**config, **more}, indent=1))
 
     def _draw(self, name: str) -> Drawn:
@@ -102,7 +114,9 @@ class SyntheticModel:
             groups, words = in_features // GROUP_SIZE, out_features // 8
             ends = -(1 << 31), (1 << 31) - 1
             codes = torch.randint(*ends, (in_features, words), dtype=torch.int32, generator=self._generator)
-            scales = torch.rand(groups, out_features, generator=self._generator).add_(0.5).mul_(_STD / _CODE_STD)
+            scales = (
+                torch.rand(groups, out_features, generator=self._generator).add_(0.5).mul_(_STD / _CODE_STD)
+            )
             stored = {
                 "qweight": codes,
                 "qzeros": torch.full((groups, words), _ZERO_WORD, dtype=torch.int32),

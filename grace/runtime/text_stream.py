@@ -19,6 +19,15 @@ def _byte_of_character() -> dict[str, int]:
 _BYTE_OF = _byte_of_character()
 
 
+def token_bytes(tokenizer: Any, token: int) -> bytes:
+    """What a token of a byte-level vocabulary stands for, alone perhaps no whole character."""
+    name = tokenizer.convert_ids_to_tokens(token) or ""  # rows of the vocabulary without a token have none
+    try:
+        return bytes(_BYTE_OF[character] for character in name)
+    except KeyError:  # an added token, whose name is its text
+        return name.encode()
+
+
 class TextStream:
     """The text of one answer, as its tokens arrive.
 
@@ -78,15 +87,7 @@ class TextStream:
         return text
 
     def _bytes_of(self, token: int) -> bytes:
-        if token in self._silent:
-            return b""
-        name = (
-            self._tokenizer.convert_ids_to_tokens(token) or ""
-        )  # rows of the vocabulary without a token have none
-        try:
-            return bytes(_BYTE_OF[character] for character in name)
-        except KeyError:  # an added token, whose name is its text
-            return name.encode()
+        return b"" if token in self._silent else token_bytes(self._tokenizer, token)
 
     def _released(self) -> str:
         """Takes out of the held text what no stop text can begin with; ends the answer at a whole one."""
