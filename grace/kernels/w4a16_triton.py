@@ -22,6 +22,9 @@ power of two joins the scale. Positions 0 to 4 fit the mantissa; the word shifte
 So weights enter the product unrounded, and each group's sum is scaled in fp32: nearer to the oracle than any kernel
 that rounds W_hat to 16 bits first (`expand` does, as the dense layer would).
 
+No second layout: AWQ's order of nibbles only decides which mask makes which column, and a block of 8 words or more
+reads whole 32-byte sectors of every row, so that repacking would save neither bytes nor instructions.
+
 Runs on a CPU under TRITON_INTERPRET=1. Not measured on a GPU yet: benchmarks/w4a16.py does.
 
 Shape suffixes: T tokens, I input features, O output features, G groups along the input, W words (= O / 8),

@@ -214,6 +214,7 @@ def load(
     engine = Engine(model, processor, kind, context, rows)
     if isinstance(engine.decoder, GraphDecoder):
         tune(engine.decoder, lambda line: print(f"kernel timed, once per device: {line}", file=sys.stderr))
+        engine.decoder.warm_up()
     return engine
 
 

@@ -19,8 +19,12 @@ def activations(tokens: int = 1, dtype: torch.dtype = torch.bfloat16, device: st
     return SimpleNamespace(device=torch.device(device), dtype=dtype, numel=lambda: tokens * SHAPE.in_features)
 
 
+def without_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry.native, "obstacle", lambda: "no gcc")
+
+
 def test_names():
-    assert NAMES == ("auto", "triton", "aten", "dequant", "reference", "gptqmodel")
+    assert NAMES == ("auto", "triton", "native", "aten", "dequant", "reference", "gptqmodel")
 
 
 @pytest.mark.parametrize(
@@ -42,11 +46,20 @@ def test_auto_and_its_reasons(
 ):
     pytest.importorskip("triton")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    without_compiled(monkeypatch)
     choice = choose(shape, cast(torch.Tensor, x))
     assert choice.kernel == kernel and reason in choice.reason
 
 
+def test_auto_takes_the_compiled_kernel_where_there_is_one(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(registry.native, "obstacle", lambda: None)
+    assert choose(SHAPE, activations(9999)).kernel == "native"
+    assert choose(SHAPE, activations(dtype=torch.float16)).kernel == "dequant"
+    assert describe(SHAPE, "auto", CPU).startswith("compiled int4 kernel")
+
+
 def test_described_for_people(monkeypatch: pytest.MonkeyPatch):
+    without_compiled(monkeypatch)
     assert "ATen int4 up to" in describe(SHAPE, "auto", CPU)
     assert describe(Shape(256, 24, 128), "auto", CPU).startswith(
         "dequantize + dense (ATen's int4 matmul needs"
