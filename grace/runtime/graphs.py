@@ -8,6 +8,7 @@ Shape suffixes: those of `fused_step`.
 """
 
 import functools
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -170,6 +171,13 @@ def decoder_for(model: Any, rows: int, context: int) -> Decoder:
     device = next(model.parameters()).device
     usable = device.type == "cuda" and w4a16.device_obstacle(device) is None
     return GraphDecoder(model, rows, context) if usable else Decoder(model, rows, context)
+
+
+def prepare(decoder: Decoder) -> None:
+    """Does ahead of the first token what a decoder of graphs needs once; says on stderr what takes long."""
+    if isinstance(decoder, GraphDecoder):
+        tune(decoder, lambda line: print(f"kernel timed, once per device: {line}", file=sys.stderr))
+        decoder.warm_up()
 
 
 def tune(decoder: GraphDecoder, report: Callable[[str], None]) -> None:
