@@ -124,13 +124,18 @@ def _add_export(commands: "argparse._SubParsersAction[Parser]") -> None:
     parser = _add(
         commands, "export", "Publish a trained model, codes and scales untouched.", _export, "export"
     )
-    parser.add_argument("run", metavar="RUN", type=Path, help="a finished run directory, or its model/")
+    parser.add_argument(
+        "run", metavar="RUN", type=Path, help="a finished run, an export, or another's quantized checkpoint"
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the new directory")
     parser.add_argument(
         "--format", action="append", choices=FORMATS, help="default: awq; several make sub-directories"
     )
     parser.add_argument(
-        "--parity-data", type=Path, metavar="FILE", help="records to compare on; default: those of the run"
+        "--parity-data",
+        type=Path,
+        metavar="FILE",
+        help="records to compare on; default: those of the run, or noise",
     )
     parser.add_argument(
         "--max-shard-size",

@@ -38,6 +38,19 @@ LIMITED = (
     "full-precision model."
 )
 
+# Of what was made from another export or another's checkpoint; SCALES stands for what became of them.
+CONVERTED_TEXT = {
+    "awq": "AWQ (`gemm` layout): the integer codes of the source and its SCALES, everything else as it was.",
+    "compressed-tensors": "compressed-tensors (`pack-quantized`): the integer codes of the source and its SCALES, "
+    "everything else as it was.",
+    "gguf": "GGUF for llama.cpp: `model-*.gguf` is the language model, its quantized tensors written block by block "
+    "from the integer codes of the source and its SCALES, `mmproj-*.gguf` the vision tower.",
+    "mlx": "MLX (affine): the integer codes of the source and its SCALES, `biases` the scales times the zero points, "
+    "everything else as it was.",
+    "qat": "QAT checkpoint: a plain directory with the dequantized weights, and `grace_qat/` with the integer codes of "
+    "the source and its SCALES, for further training or export. There are no fp32 latents.",
+}
+
 LIMITS = {
     "awq": "AWQ holds 4 bits only.",
     "compressed-tensors": "In bfloat16 a runtime rounds scale * code once, as training did.",

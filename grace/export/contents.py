@@ -19,9 +19,8 @@ from grace.checked_files import MEND, damage_of, shown
 from grace.checkpoint import QatState, QuantizedWeight
 from grace.errors import UserError
 
-OWN = "qat"  # the kind of a checkpoint that GRACE trained; the only one whose recipe is known
+OWN = "qat"  # the kind of a checkpoint with `grace_qat/`; one that GRACE trained knows its recipe
 ROUNDED = "full-precision"  # that of a model whose codes `grace quantize` makes
-OURS = (OWN, ROUNDED)  # whose dense tensors may be wider than the base model's bfloat16
 # Keys of config.json that say how the weights are packed, which is for each writer to say anew.
 PACKING_KEYS = ("quantization_config", "quantization", "awq_packing")
 NARROW = (torch.bfloat16, torch.float16)
@@ -132,6 +131,22 @@ class Source:
         """The resolved recipe of the run, section by section; empty if the checkpoint does not say."""
         recipe = self.qat.info.get("recipe")
         return recipe if isinstance(recipe, Mapping) else {}
+
+    @property
+    def trained(self) -> bool:
+        """Whether GRACE trained this very checkpoint, rather than made it from another format."""
+        return self.kind == OWN and "converted_from" not in self.qat.info
+
+    @property
+    def rounded(self) -> Mapping[str, Any] | None:
+        """How `grace quantize` made the codes; None where it did not."""
+        rounded = self.qat.info.get("rounded")
+        return rounded if isinstance(rounded, Mapping) else None
+
+    @property
+    def ours(self) -> bool:
+        """Whether its codes were made here, in training or by rounding: the rest may be wider than it need be."""
+        return self.trained or self.rounded is not None
 
     def with_modules(self, modules: Mapping[str, QuantizedWeight], **changes: Any) -> "Source":
         """This with other quantized linears."""

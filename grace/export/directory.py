@@ -14,7 +14,7 @@ from torch import Tensor
 from grace.checked_files import MEND
 from grace.checkpoint import QuantizedWeight, copy_verbatim_files
 from grace.errors import UserError
-from grace.export.contents import OURS, Source, is_tied
+from grace.export.contents import Source, is_tied
 from grace.export.shards import write_weights
 from grace.export.stream import Entry
 from grace.models.foreign_names import layer_name
@@ -41,8 +41,8 @@ def dense_names(source: Source) -> list[str]:
 def dense_dtype(source: Source, name: str) -> torch.dtype:
     """What a dense tensor is stored as: as it is, but what we have wider as the base model's bfloat16."""
     stored = source.weights.dtypes[name]
-    wider = source.kind in OURS and stored.is_floating_point and stored.itemsize > 2
-    return torch.bfloat16 if wider else stored
+    wide = stored.is_floating_point and stored.itemsize > 2
+    return torch.bfloat16 if wide and source.ours else stored
 
 
 def dense_pieces(source: Source, name: str, dtype: torch.dtype | None = None) -> Iterator[Tensor]:
@@ -129,8 +129,8 @@ def one_thread() -> Iterator[None]:
 
 def deployed_dtype(source: Source) -> str:
     """The type that a deployed model's config names: that of its dense tensors."""
-    named = source.config.get("dtype") or source.config.get("torch_dtype")
-    return "float16" if source.kind not in OURS and named == "float16" else "bfloat16"
+    half = any(dense_dtype(source, name) == torch.float16 for name in dense_names(source))
+    return "float16" if half else "bfloat16"
 
 
 def deployed_config(config: Mapping[str, Any], dtype: str = "bfloat16") -> dict[str, Any]:

@@ -17,6 +17,7 @@ from grace.export.card_tables import Rows, bullets, metrics, parity_table, score
 from grace.export.card_texts import (
     ASK,
     CITATION,
+    CONVERTED_TEXT,
     FORMAT_TEXT,
     LIBRARY,
     LIMITED,
@@ -24,7 +25,7 @@ from grace.export.card_texts import (
     LOAD,
     STORED_SCALES,
 )
-from grace.export.contents import OURS, OWN, Source
+from grace.export.contents import Source
 from grace.export.directory import deployed_dtype
 from grace.export.provenance import KIND_NAMES
 from grace.export.reference_qat import KIND as REFERENCE_QAT
@@ -51,7 +52,7 @@ def model_card(
         f"---\n{yaml.safe_dump(_front_matter(source, format_name, base, card), sort_keys=False)}---",
         f"# {title(source, base)}",
         f"{_about(source)} The vision tower, its mergers, embeddings, head and norms are not quantized.\n\n"
-        f"{FORMAT_TEXT[format_name].replace('MADE', _made(source))}",
+        f"{_format_text(source, format_name, parity)}",
         "## How to load\n\n"
         + LOAD[format_name]
         .replace("TYPE", f"Q{source.qat.bits}_0")
@@ -71,8 +72,9 @@ def model_card(
 
 def _front_matter(source: Source, format_name: str, base: str, card: CardInputs) -> dict[str, Any]:
     bits = source.qat.bits
-    tags = ["grace", "qwen3_vl", "quantization", f"int{bits}", format_name]
-    license = _LICENSE if source.kind in OURS else source.qat.info.get("license")
+    method = ["grace"] if _by_grace(source) else []
+    tags = [*method, "qwen3_vl", "quantization", f"int{bits}", format_name]
+    license = _LICENSE if source.ours else source.qat.info.get("license")
     front: dict[str, Any] = {
         **({"license": license} if license else {}),
         "library_name": LIBRARY[format_name],
@@ -96,23 +98,16 @@ def _base_model(source: Source) -> str:
     return shape if not _HUB_NAME.fullmatch(began) and _HUB_NAME.fullmatch(shape) else began
 
 
-def _rounded(source: Source) -> Mapping[str, Any] | None:
-    """How the codes were rounded, if they were not trained."""
-    rounded = source.qat.info.get("rounded")
-    return rounded if isinstance(rounded, Mapping) else None
-
-
 def _by_grace(source: Source) -> bool:
     """Whether the model was trained by this method: by us, exported by us, or by the public code."""
-    ours = source.kind == OWN and _rounded(source) is None
-    return ours or source.kind == REFERENCE_QAT or bool(source.qat.info.get("sections"))
+    return source.trained or source.kind == REFERENCE_QAT or bool(source.qat.info.get("sections"))
 
 
 def _made(source: Source) -> str:
     """Where codes and scales come from, in one word."""
     if _by_grace(source):
         return "trained"
-    return "read" if _rounded(source) is None else "rounded"
+    return "read" if source.rounded is None else "rounded"
 
 
 def title(source: Source, base: str) -> str:
@@ -129,7 +124,7 @@ def _about(source: Source) -> str:
             f"A vision-language model distilled at its deployed precision: every linear of the decoder ({count} "
             f"modules) was trained as {bits}-bit codes in groups of {groups}."
         )
-    if _rounded(source) is not None:
+    if source.rounded is not None:
         return (
             "A vision-language model rounded to nearest, without training: the baseline that trained ones are "
             f"measured against. Every linear of the decoder ({count} modules) is {bits}-bit codes in groups of "
@@ -142,12 +137,21 @@ def _about(source: Source) -> str:
     )
 
 
+def _format_text(source: Source, format_name: str, parity: Mapping[str, Any]) -> str:
+    """What is in the directory."""
+    if source.ours:
+        return FORMAT_TEXT[format_name].replace("MADE", _made(source))
+    rounded = "scale_rounding" in parity
+    scales = "scales rounded once, to the nearest that the format has" if rounded else "scales"
+    return CONVERTED_TEXT[format_name].replace("SCALES", scales)
+
+
 def _quantization(source: Source, format_name: str) -> str:
     qat = source.qat
     low, high = code_range(qat.bits)
     kinds = sorted({name.rpartition(".")[2] for name in qat.modules})
     scales = "one per group"
-    if source.kind in OURS:
+    if source.ours:
         scales += (
             f", bfloat16 within [2^{math.log2(SCALE_MIN):.0f}, 2^{math.log2(SCALE_MAX):.0f}]; here "
             f"{STORED_SCALES[format_name]}, the same numbers"
@@ -171,8 +175,8 @@ def _quantization(source: Source, format_name: str) -> str:
 
 def _origin(source: Source, base: str, card: CardInputs) -> list[str]:
     """How a model was made and what it scored; of a conversion what it was made from, and what that said of itself."""
-    rounded = _rounded(source)
-    if source.kind not in OURS:
+    rounded = source.rounded
+    if not source.ours:
         made = (
             f"## Source\n\nConverted from {KIND_NAMES[source.kind]}, `{source.directory.name}`: the same integer "
             "codes, nothing was quantized again."

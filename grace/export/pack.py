@@ -21,7 +21,7 @@ from grace.data.records import Record, load_records
 from grace.errors import UserError
 from grace.export import awq, compressed_tensors, mlx, parity, qat
 from grace.export.card_inputs import NOTHING, CardInputs, card_inputs
-from grace.export.contents import OWN, Source
+from grace.export.contents import Source
 from grace.export.fit import fitted
 from grace.export.model_card import model_card
 from grace.export.probe import probe_records
@@ -210,7 +210,7 @@ def parity_records(
         UserError: none can be had; says how to name others.
     """
     data = source.recipe.get("data") or {}
-    if given is None and (source.kind != OWN or not data.get("path")):
+    if given is None and not data.get("path"):
         given = probe_records(scraps)
     if given is None:
         files = paths_of(data["path"])

@@ -245,7 +245,7 @@ def describe(name: str, figures: dict[str, Any]) -> str:
     exact, fp32 = figures["exact"], figures["exact_greedy"]
     rounded = figures.get("scale_rounding")
     text = (
-        f"parity {name}: codes and scales identical, dense tensors too; "
+        f"parity {name}: codes {'' if rounded else 'and scales '}identical, dense tensors too; "
         f"{figures['positions']} positions of {figures['records']} records\n"
         f"  fp32:     largest logit difference {exact['relative']:.1e} "
         f"of the largest logit (limit {exact['limit']:.0e}), "

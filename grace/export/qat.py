@@ -92,7 +92,7 @@ def _write_converted(source: Source, directory: Path, max_shard_bytes: int | Non
         with progress("qat state", sum(entry.nbytes for entry in state)) as advance:
             write_safetensors(file, state, {"format": "pt"}, advance)
     info = {
-        **{key: source.qat.info[key] for key in ("base_model", "rounded") if key in source.qat.info},
+        **{key: source.qat.info.get(key) for key in ("base_model", "license", "sections", "rounded")},
         "converted_from": source.kind,
         "format_version": FORMAT_VERSION,
         "bits": source.qat.bits,

@@ -16,7 +16,7 @@ from grace.data.batch import collate
 from grace.data.records import Record, open_image
 from grace.data.template import Sample, encode, encode_prompt
 from grace.distill.teacher import supervised
-from grace.export.contents import OURS, OWN, Source
+from grace.export.contents import Source
 from grace.export.directory import dense_names
 from grace.models import qwen3vl
 from grace.models.processor import load_processor
@@ -71,12 +71,9 @@ class Reference:
 
     def model(self, dtype: torch.dtype) -> Any:
         """The source as a model."""
-        model = (
-            load_model(self.source.directory, dtype)
-            if self.source.kind == OWN
-            else model_of(self.source, dtype)
-        )
-        if dtype == torch.float32 and self.source.kind in OURS:
+        trained = self.source.trained
+        model = load_model(self.source.directory, dtype) if trained else model_of(self.source, dtype)
+        if dtype == torch.float32 and self.source.ours:
             round_unquantized(model, self.source.qat.modules)
         return model
 
