@@ -118,8 +118,8 @@ def main_table() -> Table:
         arm("control", "student trained on, no quantizer", "student_control", bits=None),
     ]
     for bits in (2, 3, 4, 8):
-        like = {"weight_of": "kd_w4"} if bits == 8 else {}
-        like_grace = {"weight_of": "grace_w4"} if bits == 8 else {}
+        like: dict[str, Any] = {"weight_of": "kd_w4"} if bits == 8 else {}
+        like_grace: dict[str, Any] = {"weight_of": "grace_w4"} if bits == 8 else {}
         arms += [
             arm(f"rtn_w{bits}", f"W{bits}, round to nearest", "qat_w4", bits=bits, trained=False),
             arm(f"qat_w{bits}", f"W{bits}, QAT", "qat_w4", bits=bits),
