@@ -118,8 +118,8 @@ def main_table() -> Table:
         arm("control", "student trained on, no quantizer", "student_control", bits=None),
     ]
     for bits in (2, 3, 4, 8):
-        like = {"weight_of": "kd_w4"} if bits == 8 else {}
-        like_grace = {"weight_of": "grace_w4"} if bits == 8 else {}
+        like: dict[str, Any] = {"weight_of": "kd_w4"} if bits == 8 else {}
+        like_grace: dict[str, Any] = {"weight_of": "grace_w4"} if bits == 8 else {}
         arms += [
             arm(f"rtn_w{bits}", f"W{bits}, round to nearest", "qat_w4", bits=bits, trained=False),
             arm(f"qat_w{bits}", f"W{bits}, QAT", "qat_w4", bits=bits),
@@ -155,7 +155,7 @@ def parts_table() -> Table:
 def nckd_table() -> Table:
     """The weight of what the teacher says about the other tokens."""
     arms = [kl(KD, "plain KL")]
-    for value in (0, 0.25, 0.5, 1, 2, 4, 8):
+    for value in (0, 0.25, 1, 4, 8):
         name = "gdkd" if value == 4 else f"gdkd_n{value:g}"
         weights = DKD_WEIGHTS if value == 4 else (1.0, 4.0)
         arms.append(
@@ -221,7 +221,6 @@ def gate_table() -> Table:
         *gate_arms(),
         kl("gkl_k32", "gated KL, k = 32", GATED_KL, k32, weight_of=KD),
         kl("gkl_top8", "gated KL, among the 8 likeliest", GATED_KL, top8, weight_of=KD),
-        grace("gdkd_k32", "gated DKD, k = 32", NO_RCKA, k32, **like_dkd),
         grace("gdkd_top8", "gated DKD, among the 8 likeliest", NO_RCKA, top8, **like_dkd),
     ]
     note = (
@@ -238,11 +237,11 @@ def sweeps() -> list[Table]:
     def varied(name: str, label: str, *overrides: str) -> Arm:
         return grace(f"grace_{name}", label, *overrides, weight_of=GRACE)
 
-    tau = [varied(f"tau{value:g}", f"tau {value:g}", f"distill.tau={value:g}") for value in (0.3, 1, 3, 10)]
-    omega = [varied(f"omega{v:g}", f"omega {v:g}", f"distill.rcka_weight={v:g}") for v in (0, 1, 10, 30)]
+    tau = [varied(f"tau{value:g}", f"tau {value:g}", f"distill.tau={value:g}") for value in (0.3, 3, 10)]
+    omega = [varied(f"omega{v:g}", f"omega {v:g}", f"distill.rcka_weight={v:g}") for v in (0, 10, 30)]
     rate = [
         varied(f"scale{v:g}", f"scales learn at {v:g}x the rate", f"quant.scale_lr_multiplier={v:g}")
-        for v in (0, 1, 100)
+        for v in (0, 1)
     ]
     auto = replace(full, label="tau auto (.9 of m after 20 steps)")
     return [

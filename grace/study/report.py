@@ -163,8 +163,7 @@ def report_text(study: Study, images: str, drawn: Sequence[str]) -> str:
         "95 % interval (Student's t); differences are taken seed by seed, and those whose interval leaves out 0 are bold. "
         "Of so many comparisons one in twenty is bold by chance. CE is nats per token of the right answers.",
         "",
-        *[f"![{name}]({images}/{name}.png)" for name in drawn],
-        "",
+        *[line for name in drawn for line in (f"![{name}]({images}/{name}.png)", "")],
     ]  # fmt: skip
     for table in study.tables:
         lines += table_text(study, table)

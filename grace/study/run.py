@@ -35,20 +35,24 @@ def run_study(args: argparse.Namespace) -> int:
     seeds = args.seeds or (2 if args.quick else 5)
     if seeds > sizes.seeds:
         raise UserError(f"--seeds {seeds}: there is data for {sizes.seeds} seeds")
-    with locked(out, "--out"):
+    study = Study(out, tables, seeds, 1 if args.quick else MOST_TUNING_SEEDS, only=args.only)
+    if args.report_only:  # also of a study that is running
+        if not (out / MARK).exists() or not (out / "world").exists():
+            raise UserError(f"{out} holds no study: run it without --report-only")
         claim(out, args.quick)
-        remove_leftovers(out / "rows")
-        if not (out / "world" / "world.json").exists():
-            say("data: drawing the small world")
-        write_world(out, sizes)
-        tuning_seeds = 1 if args.quick else MOST_TUNING_SEEDS
-        study = Study(out, tables, seeds, tuning_seeds, only=args.only)
         study.read()
-        if not args.report_only:
+    else:
+        with locked(out, "--out"):
+            claim(out, args.quick)
+            remove_leftovers(out / "rows")
+            if not (out / "world" / "world.json").exists():
+                say("data: drawing the small world")
+            write_world(out, sizes)
+            study.read()
             run_missing(study, args.jobs)
-        from grace.study.report import write_report
+    from grace.study.report import write_report
 
-        summary = write_report(study, args.publish)
+    summary = write_report(study, args.publish)
     if args.json:
         print(json.dumps(summary))
     return 0

@@ -135,7 +135,7 @@ def outcome(trial: Trial, out: Path) -> dict[str, Any]:
     """
     recipe, accelerator = resolved(trial, out), _accelerator()
     torch.manual_seed(recipe.run.seed)
-    processor, records = load_processor(recipe.student.path), load_records(recipe.data.path)
+    processor, records = load_processor(recipe.student.path), load_records(data_path(out, trial))
     cache: TeacherCache | None = None
     if recipe.teacher.cache:
         fill_cache(recipe, Path(recipe.teacher.cache), accelerator)

@@ -104,4 +104,5 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
     refused(study("--quick", "--out", tmp_path / "used"), "holds no study")
     refused(study("--out", tmp_path / "new", "--only", "mian"), "there is no table 'mian'")
     refused(study("--out", tmp_path / "new", "--seeds", "99"), "there is data for 8 seeds")
+    refused(study("--out", tmp_path / "new", "--report-only"), "holds no study")
     assert [path.name for path in (tmp_path / "used").iterdir() if path.name[0] != "."] == ["mine.txt"]
