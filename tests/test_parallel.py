@@ -132,9 +132,9 @@ def planned(mode: str, run: Any) -> int:
     trained = {name for name, p in run.model.named_parameters() if p.requires_grad}
     scales = sum(size for name, size in sizes.items() if name.endswith(".theta"))
     learned = sum(sizes[name] for name in trained)
-    rows = sum(state_rows(mode, qwen3vl.skeleton(run.base_config), learned - scales, scales, 2), [])
+    device, host = state_rows(mode, qwen3vl.skeleton(run.base_config), learned - scales, scales, 2)
     lasting = ("student weights", "theta", "Adam moments", "optimizer's copy")
-    return sum(size for name, size, _ in rows if name in lasting)
+    return sum(size for name, size, _ in device + host if name in lasting)
 
 
 def one_rank(mode: str, models: Path, world: Path, out: Path) -> None:
