@@ -155,7 +155,7 @@ def loop(
     )  # fmt: skip
     with listening() as stop:
         for step, (inputs, waited) in zip(steps, timed(loader), strict=True):
-            settle(run.accelerator, inputs if isinstance(inputs, UserError) else None)
+            settle(run.accelerator, inputs if isinstance(inputs, UserError) else saver.failure())
             end = window_end(run, tracker, step)
             values, measured, totals = one_step(run, inputs.to(device), step, waited, end)
             if step == steps.start:  # not before: a picture that cannot be read stays one line
