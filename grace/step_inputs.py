@@ -110,6 +110,11 @@ class StepBatches(Dataset):
         return collate(samples, self.processor.tokenizer.pad_token_id)
 
 
+def wrong_input(inputs: StepInputs | UserError) -> UserError | None:
+    """What is wrong with a step's inputs, where something is."""
+    return inputs if isinstance(inputs, UserError) else None
+
+
 def consecutive(sizes: Sequence[int]) -> list[range]:
     """Indices of groups of these sizes, one after the other."""
     ends = list(itertools.accumulate(sizes))
