@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from torch import Tensor
 
 from grace.checkpoint import write_checkpoint
@@ -57,15 +56,22 @@ class CheckpointSaver:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        if self._failure is not None:
-            (step, failure), self._failure = self._failure, None
-            if not isinstance(failure, OSError | SafetensorError | UserError):
-                raise failure
-            reason = getattr(failure, "strerror", None) or failure
-            raise UserError(
-                f"the checkpoint of step {step} cannot be written to {self.run_dir} ({reason}): make room or mend it, "
-                "then start the same command again: it goes on from the checkpoint before"
-            ) from failure
+        if (failure := self.failure()) is not None:
+            raise failure
+
+    def failure(self) -> UserError | None:
+        """Why a checkpoint could not be written, once; None while all is well, or the writing goes on."""
+        if self._failure is None:
+            return None
+        (step, failure), self._failure = self._failure, None
+        if not isinstance(failure, OSError | UserError):
+            raise failure
+        told = UserError(
+            f"the checkpoint of step {step} cannot be written to {self.run_dir} ({getattr(failure, 'strerror', None) or failure}): "
+            "make room or mend it, then start the same command again: it goes on from the checkpoint before"
+        )
+        told.__cause__ = failure
+        return told
 
     def _write(self, step: int, state: Mapping[str, Any], score: float | None) -> None:
         try:

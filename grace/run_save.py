@@ -56,7 +56,8 @@ def resume(run: Run, tracker: Tracker, run_dir: Path, allow_changed: Sequence[st
     """Continues from the newest checkpoint, or starts a new run: its recipe and its log.
 
     Raises:
-        UserError: every checkpoint is damaged, or the data holds other records than the run began with.
+        UserError: every checkpoint is damaged, the data holds other records than the run began with, or the directory
+            cannot be written to.
     """
     accelerator = run.accelerator
     with agreed(accelerator):
@@ -68,8 +69,9 @@ def resume(run: Run, tracker: Tracker, run_dir: Path, allow_changed: Sequence[st
             require_same_records(run, saved, allow_changed)
     with agreed(accelerator):
         require_same_checkpoint(accelerator, saved)
+    with agreed(accelerator), writing_to(run_dir, "run.output_dir"):
+        tracker.start(*((0, None) if saved is None else (saved.step, saved.state["window"])))
     if saved is None:
-        tracker.start(0, None)
         return
     run.parallel.load(saved.tensors["trainable"], saved.tensors["optimizer"])
     run.controller.load_state_dict(saved.state["controller"])
@@ -78,8 +80,7 @@ def resume(run: Run, tracker: Tracker, run_dir: Path, allow_changed: Sequence[st
     run.validation = saved.state["validation"]
     run.step = saved.step
     torch.set_rng_state(saved.tensors["rng"]["torch"])
-    tracker.start(saved.step, saved.state["window"])
-    run.accelerator.print(f"continuing from step {saved.step} of {run.total_steps}", file=sys.stderr)
+    accelerator.print(f"continuing from step {saved.step} of {run.total_steps}", file=sys.stderr)
 
 
 def require_same_records(run: Run, saved: checkpoint.Checkpoint, allow_changed: Sequence[str]) -> None:

@@ -220,15 +220,15 @@ def is_timing(name: str) -> bool:
 
 
 def rewind_metrics(path: Path, step: int) -> None:
-    """Keeps the complete lines of `path` up to `step`; a half-written last line is dropped."""
+    """Keeps the complete lines of `path` up to `step`; a half-written last line, or a damaged one, is dropped."""
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_bytes().decode(errors="replace").split("\n"):
         try:
-            record = json.loads(line)
-        except ValueError:
+            at = json.loads(line).get("step", 0)
+        except (ValueError, AttributeError, RecursionError):
             continue
-        if record.get("step", 0) <= step:
+        if isinstance(at, int) and at <= step:
             kept.append(line)
     write_text(path, "".join(f"{line}\n" for line in kept))

@@ -28,7 +28,7 @@ from grace.config import Recipe, load_recipe
 from grace.data.batch import Batch, collate
 from grace.data.records import Record, mixture_of
 from grace.data.template import encode
-from grace.errors import Parser, Preempted, UserError, run_command
+from grace.errors import Parser, Preempted, run_command
 from grace.evaluation.exact_match import evaluate
 from grace.evaluation.samples import sample_table
 from grace.models import qwen3vl
@@ -42,7 +42,7 @@ from grace.run_save import resume, save_final_model, save_resume_state
 from grace.run_tasks import QuickTasks, quick_tasks, task_scores
 from grace.schedule import learning_rate_factor
 from grace.step import NonFiniteLoss, forward_backward, reduce_sum, run_teacher
-from grace.step_inputs import StepBatches, StepInputs
+from grace.step_inputs import StepBatches, StepInputs, wrong_input
 from grace.step_stats import Stats, gate_stats, padding_share
 from grace.student import Signals, Weights, autocast
 from grace.tracking import Tracker
@@ -158,7 +158,7 @@ def loop(
     )  # fmt: skip
     with listening() as stop:
         for step, (inputs, waited) in zip(steps, timed(loader), strict=True):
-            settle(run.accelerator, inputs if isinstance(inputs, UserError) else None)
+            settle(run.accelerator, wrong_input(inputs) or saver.failure())
             end = window_end(run, tracker, step)
             values, measured, totals = one_step(run, inputs.to(device), step, waited, end)
             if step == steps.start:  # not before: a picture that cannot be read stays one line

@@ -86,6 +86,25 @@ sys.exit(run_command(saver.wait))
 """
 
 
+def test_a_failure_can_be_asked_for_without_waiting(tmp_path: Path, monkeypatch) -> None:
+    go = threading.Event()
+
+    def fail(*_):
+        go.wait(30)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(module, "write_checkpoint", fail)
+    saver = CheckpointSaver(tmp_path, keep_last=2)
+    assert saver.failure() is None
+    saver.save(2, {}, {})
+    assert saver.failure() is None  # still writing
+    go.set()
+    while (found := saver.failure()) is None:
+        pass
+    assert "step 2 cannot be written" in str(found) and saver.failure() is None
+    saver.wait()
+
+
 def test_no_room_in_the_middle_of_a_file_is_one_line(tmp_path: Path) -> None:
     """A limit on the size of files stands in for a full disk: writing fails half-way, in the tensor library."""
     result = subprocess.run([sys.executable, "-c", FULL, str(tmp_path)], capture_output=True, text=True)

@@ -12,8 +12,8 @@ from grace.data.text_check import text_faults
 
 IMAGE_MARK = "<image>"
 NO_VIDEO = (
-    ' has a "video": training reads pictures alone, since the processor of this installation has no video part (that '
-    "takes torchvision and a video decoder); leave such records out with data.skip=[video]"
+    ' has a "video": training reads pictures alone, since Qwen3-VL\'s processor is loaded without its video part, which '
+    "needs torchvision and a video decoder; leave such records out with data.skip=[video]"
 )
 Role = Literal["user", "assistant", "system"]
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|data:[a-z]+/", re.ASCII)
