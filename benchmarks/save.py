@@ -20,8 +20,8 @@ import torch
 from measure import machine, report
 from torch import nn
 
-from grace.checkpoint import save_checkpoint
 from grace.checkpoint_saver import CheckpointSaver
+from grace.resume_checkpoint import save_checkpoint
 
 WIDTH, TOKENS = 2048, 1024
 

@@ -2,7 +2,7 @@
 
 What is to be saved is copied to memory at once; a thread then hashes, writes and syncs it while the next steps run.
 One is written at a time: a save that comes before the last one is done waits for it. A kill in the middle leaves the
-checkpoint before, as without the thread (`grace.checkpoint.save_checkpoint`). The memory of the copy, as much as a
+checkpoint before, as without the thread (`grace.resume_checkpoint.save_checkpoint`). The memory of the copy, as much as a
 checkpoint takes on disk, is kept for the next one.
 """
 
@@ -14,13 +14,13 @@ from typing import Any
 
 from torch import Tensor
 
-from grace.checkpoint import write_checkpoint
 from grace.checkpoint_files import FileInMemory, files_of
 from grace.errors import UserError
+from grace.resume_checkpoint import write_checkpoint
 
 
 class CheckpointSaver:
-    """Saves the checkpoints of one run; see `grace.checkpoint.save_checkpoint` for what is kept of them."""
+    """Saves the checkpoints of one run; see `grace.resume_checkpoint.save_checkpoint` for what is kept of them."""
 
     def __init__(self, run_dir: Path, keep_last: int, keep_best: int = 0):
         self.run_dir, self.keep_last, self.keep_best = run_dir, keep_last, keep_best

@@ -31,6 +31,7 @@ from grace.models.processor import load_processor
 from grace.parallel import Replicas, placed
 from grace.quant.fake_quant import Kernels, TorchKernels, use_kernels
 from grace.recipe_check import require_field
+from grace.resume_checkpoint import checkpoint_paths
 from grace.run_files import RECIPE_FILE
 from grace.student import Objective, StudentWithLoss, row_kernel
 from grace.watch import Watch
@@ -281,7 +282,7 @@ def require_same_recipe(run_dir: Path, recipe: Recipe, allow_changed: Sequence[s
                 f"{run_dir} holds files that are not a run's: set run.output_dir to a new directory"
             )
         return
-    if not checkpoint.checkpoint_paths(run_dir) and not (run_dir / "model").exists():
+    if not checkpoint_paths(run_dir) and not (run_dir / "model").exists():
         return
     changes = recipe_diff(load_recipe(written), recipe)
     refused = [

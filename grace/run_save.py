@@ -1,4 +1,4 @@
-"""How a training run is saved, resumed and finished; `grace.checkpoint` knows the files.
+"""How a training run is saved, resumed and finished; `grace.checkpoint` and `grace.resume_checkpoint` know the files.
 
 `resume` and `save_resume_state` are each other's inverse: what one writes, the other puts back.
 """
@@ -24,6 +24,7 @@ from grace.files import write_text, writing_to
 from grace.models import qwen3vl
 from grace.parallel import Replicas
 from grace.quant.grid import dequantize, quantize
+from grace.resume_checkpoint import Checkpoint, load_newest_checkpoint
 from grace.run import Run
 from grace.run_files import RECIPE_FILE
 from grace.tracking import Tracker
@@ -64,7 +65,7 @@ def resume(run: Run, tracker: Tracker, run_dir: Path, allow_changed: Sequence[st
         if accelerator.is_main_process:
             with writing_to(run_dir, "run.output_dir"):
                 write_text(run_dir / RECIPE_FILE, to_yaml(run.recipe))
-        saved = checkpoint.load_newest_checkpoint(run_dir, tell=accelerator.is_main_process)
+        saved = load_newest_checkpoint(run_dir, tell=accelerator.is_main_process)
         if saved is not None:
             require_same_records(run, saved, allow_changed)
     with agreed(accelerator):
@@ -83,7 +84,7 @@ def resume(run: Run, tracker: Tracker, run_dir: Path, allow_changed: Sequence[st
     accelerator.print(f"continuing from step {saved.step} of {run.total_steps}", file=sys.stderr)
 
 
-def require_same_records(run: Run, saved: checkpoint.Checkpoint, allow_changed: Sequence[str]) -> None:
+def require_same_records(run: Run, saved: Checkpoint, allow_changed: Sequence[str]) -> None:
     """Raises `UserError` where the data holds other records than the run began with."""
     if saved.state.get("records", run.records) != run.records and not any(
         field.startswith("data.") for field in allow_changed
@@ -94,7 +95,7 @@ def require_same_records(run: Run, saved: checkpoint.Checkpoint, allow_changed: 
         )
 
 
-def require_same_checkpoint(accelerator: Accelerator, saved: checkpoint.Checkpoint | None) -> None:
+def require_same_checkpoint(accelerator: Accelerator, saved: Checkpoint | None) -> None:
     """Raises `UserError` in all processes where they do not read the same: half of them would train on from elsewhere."""
     steps = [-1 if saved is None else saved.step]
     if accelerator.num_processes > 1 and len(found := set(gather_object(steps))) > 1:

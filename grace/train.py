@@ -25,27 +25,24 @@ from grace.arguments import add_train
 from grace.cache_settings import open_cache
 from grace.checkpoint_saver import CheckpointSaver
 from grace.config import Recipe, load_recipe
-from grace.data.batch import Batch, collate
 from grace.data.records import Record, mixture_of
-from grace.data.template import encode
 from grace.errors import Parser, Preempted, run_command
-from grace.evaluation.exact_match import evaluate
-from grace.evaluation.samples import sample_table
 from grace.models import qwen3vl
 from grace.models.processor import load_processor
 from grace.parallel import make_accelerator
 from grace.preemption import ignore_in_worker, listening
-from grace.run import Run, claimed, compute_dtype, set_up, total_steps
+from grace.run import Run, claimed, set_up, total_steps
 from grace.run_data import load_run_data, require_same_on_all_ranks
 from grace.run_info import announce, publish_model
 from grace.run_save import resume, save_final_model, save_resume_state
 from grace.run_tasks import QuickTasks, quick_tasks, task_scores
 from grace.schedule import learning_rate_factor
-from grace.step import NonFiniteLoss, forward_backward, reduce_sum, run_teacher
+from grace.step import NonFiniteLoss, forward_backward, run_teacher
 from grace.step_inputs import StepBatches, StepInputs, wrong_input
 from grace.step_stats import Stats, gate_stats, padding_share
-from grace.student import Signals, Weights, autocast
+from grace.student import Signals, Weights
 from grace.tracking import Tracker
+from grace.validation import validate
 from grace.watch import HISTOGRAM_EDGES, controller_values
 
 WindowEnd = Literal["no", "yes", "layers"]
@@ -269,48 +266,6 @@ def teacher_side(run: Run, inputs: StepInputs) -> tuple[Sequence[Signals | None]
     objective = run.objective
     signals = run_teacher(run.teacher, inputs.student, objective.vocabulary, inputs.teacher, objective.gate)
     return signals, qwen3vl.head_weight(run.teacher)
-
-
-@torch.no_grad()
-def validate(run: Run, tracker: Tracker, records: Sequence[Record], processor: Any) -> None:
-    """Cross-entropy and exact match on the validation records, shared out over the ranks."""
-    accelerator, settings = run.accelerator, run.recipe.run
-    mine = records[accelerator.process_index :: accelerator.num_processes]
-    model = run.parallel.for_evaluation()
-    training = model.training
-    model.eval()
-    with agreed(accelerator), autocast(accelerator.device, compute_dtype(run.recipe)):
-        scores = evaluate(model, validation_batches(mine, processor, run.recipe), accelerator.device)
-        if accelerator.is_main_process:
-            samples = records[: settings.eval_samples] if tracker.run is not None else []
-            tracker.log_samples(run.step, sample_table(model, processor, samples))
-    model.train(training)
-    sums = [
-        float(len(scores)),
-        float(sum(s.exact for s in scores)),
-        sum(s.ce_sum for s in scores),
-        float(sum(s.tokens for s in scores)),
-    ]
-    turns, exact, ce, tokens = reduce_sum(
-        accelerator, torch.tensor(sums, dtype=torch.float64, device=accelerator.device)
-    ).tolist()
-    rate = exact / max(turns, 1)
-    run.validation = {"val/ce": ce / max(tokens, 1), "val/exact_match": rate, "val/turns": turns,
-                      "val/exact_match_se": math.sqrt(rate * (1 - rate) / max(turns, 1))}  # fmt: skip
-    with agreed(accelerator):
-        tracker.log(run.step, run.validation)
-    accelerator.print(
-        "  ".join(f"{name} {value:.4g}" for name, value in run.validation.items()), file=sys.stderr
-    )
-
-
-def validation_batches(records: Sequence[Record], processor: Any, recipe: Recipe) -> Iterator[Batch]:
-    """Padded batches of validation records, as many at a time as in training (at least 8)."""
-    size = max(8, recipe.run.micro_batch_size)
-    for start in range(0, len(records), size):
-        part = records[start : start + size]
-        samples = [encode(record, processor, recipe.data.max_length) for record in part]
-        yield collate(samples, processor.tokenizer.pad_token_id)
 
 
 if __name__ == "__main__":

@@ -20,9 +20,9 @@ from two_ranks import launch_two
 
 from grace import checkpoint_saver, tracking, train
 from grace.agreement import agreed, same_in_all
-from grace.checkpoint import checkpoint_paths
 from grace.config import load_recipe
 from grace.errors import Preempted, Told, UserError, run_command
+from grace.resume_checkpoint import checkpoint_paths
 
 RECIPE = "small_world/qat_w4.yaml"
 TIMEOUT = 280

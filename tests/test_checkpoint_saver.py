@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import grace.checkpoint_saver as module
-from grace.checkpoint import checkpoint_paths, load_newest_checkpoint
 from grace.checkpoint_saver import CheckpointSaver
 from grace.errors import UserError
+from grace.resume_checkpoint import checkpoint_paths, load_newest_checkpoint
 
 
 def names(run_dir: Path) -> list[int]:

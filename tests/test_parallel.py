@@ -22,7 +22,6 @@ from test_step import STEPS, batches_of, broken, records_of
 from torch import Tensor
 from two_ranks import end, kill, start
 
-from grace.checkpoint import checkpoint_paths
 from grace.config import load_recipe
 from grace.errors import UserError
 from grace.export.pack import export_run
@@ -32,6 +31,7 @@ from grace.parallel import make_accelerator
 from grace.parallel_fsdp import FullySharded
 from grace.parallel_zero import check_config
 from grace.plan_modes import state_rows
+from grace.resume_checkpoint import checkpoint_paths
 from grace.run import set_up
 from grace.step import NonFiniteLoss, forward_backward, run_teacher
 from grace.student import Weights

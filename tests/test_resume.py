@@ -16,9 +16,9 @@ import torch
 import two_ranks
 from safetensors.torch import load_file
 
-from grace.checkpoint import checkpoint_paths
 from grace.config import load_recipe
 from grace.errors import PREEMPTED_CODE, UserError
+from grace.resume_checkpoint import checkpoint_paths
 from grace.tracking import is_timing
 from grace.train import main, train
 
