@@ -33,7 +33,6 @@ MAX_FUNCTION_LINES = 60  # without the docstring
 ROUNDING = {"round", "round_", "rint", "rint_"}
 # Names of Hugging Face modules in other files: texts of a file format or a table, not ways into a model.
 NAMED_ELSEWHERE = {
-    ("grace/export/awq.py", "model.visual"),  # modules_to_not_convert, DESIGN section 6
     ("grace/runtime/inspect.py", "model.language_model."),  # left out of the names it prints
 }
 
