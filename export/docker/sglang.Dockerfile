@@ -1,4 +1,4 @@
-# SGLang on an NVIDIA GPU, serving the export at /model (compressed-tensors; awq with --dtype float16).
+# SGLang on an NVIDIA GPU, serving the export at /model (awq or compressed-tensors).
 #
 #   docker build -f export/docker/sglang.Dockerfile -t grace-sglang export/docker
 #   docker run --gpus all --ipc host -p 127.0.0.1:8000:8000 -v /path/to/export:/model:ro grace-sglang
@@ -15,4 +15,5 @@ EXPOSE 8000
 HEALTHCHECK --interval=15s --timeout=5s --start-period=600s --retries=4 \
     CMD ["python3", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/health', timeout=4)"]
 ENTRYPOINT ["python3", "-m", "sglang.launch_server", "--model-path", "/model", "--host", "0.0.0.0", "--port", "8000"]
-CMD ["--served-model-name", "grace"]
+# Its AWQ kernels multiply fp16 only.
+CMD ["--dtype", "float16", "--served-model-name", "grace", "--context-length", "4096"]
