@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from grace.kernels import aten, dequant, marlin, native, reference, w4a16
+from grace.kernels import aten, compiled, dequant, marlin, native, reference, w4a16
 
 # `auto` multiplies up to this many tokens with ATen's fused kernel, more by dequantizing first: where the
 # two meet in benchmarks/int4_cpu.py at the linear shapes of the 2B model, one core of an AVX-512 EPYC with
@@ -93,7 +93,7 @@ def _cpu_only(device: torch.device) -> Obstacle:
 def _compiled(device: torch.device) -> Obstacle:
     if device.type != "cpu":
         return f"the compiled kernel runs on the CPU, the weights are on {device.type}"
-    return native.obstacle()
+    return compiled.obstacle()
 
 
 KERNELS: Mapping[str, Kernel] = {

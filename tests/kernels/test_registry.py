@@ -42,13 +42,13 @@ def test_auto_and_its_reasons(
 ):
     pytest.importorskip("triton")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(registry.native, "obstacle", lambda: "gcc is not installed")
+    monkeypatch.setattr(registry.compiled, "obstacle", lambda: "gcc is not installed")
     choice = choose(shape, cast(torch.Tensor, x))
     assert choice.kernel == kernel and reason in choice.reason
 
 
 def test_auto_takes_the_compiled_kernel_for_any_number_of_tokens(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(registry.native, "obstacle", lambda: None)
+    monkeypatch.setattr(registry.compiled, "obstacle", lambda: None)
     for tokens in (1, 4096):
         assert choose(SHAPE, activations(tokens)).kernel == "native"
     assert choose(SHAPE, activations(dtype=torch.float32)).kernel == "dequant"
@@ -58,7 +58,7 @@ def test_auto_takes_the_compiled_kernel_for_any_number_of_tokens(monkeypatch: py
 
 
 def test_described_for_people(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(registry.native, "obstacle", lambda: "gcc is not installed")
+    monkeypatch.setattr(registry.compiled, "obstacle", lambda: "gcc is not installed")
     assert "since gcc is not installed" in describe(SHAPE, "auto", CPU)
     assert "ATen int4 up to" in describe(SHAPE, "auto", CPU)
     assert describe(Shape(256, 24, 128), "auto", CPU).startswith(
