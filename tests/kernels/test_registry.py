@@ -103,7 +103,7 @@ class FakeMarlin(torch.nn.Module):
         raise NotImplementedError("Marlin kernel only supports compute capability >= 8.0.")
 
     def post_init(self) -> None:
-        self.qweight.data.zero_()
+        self.get_parameter("qweight").data.zero_()
 
 
 def test_marlin_is_not_there(monkeypatch: pytest.MonkeyPatch):
