@@ -175,9 +175,7 @@ def describe(shape: Shape, kernel: str, device: torch.device) -> str:
     if obstacle or device.type != "cpu":
         return f"dequantize + dense ({obstacle or f'no fused kernel for {device.type}'})"
     dense = "bfloat16" if dequant.cpu_multiplies_bfloat16() else "float32"
-    return (
-        f"ATen int4 up to {ATEN_MAX_TOKENS} bfloat16 tokens, else dequantize + dense {dense} (since {compiled})"
-    )
+    return f"ATen int4 up to {ATEN_MAX_TOKENS} bfloat16 tokens, else dequantize + dense {dense} (since {compiled})"
 
 
 def classes(described: Iterable[tuple[str, str]]) -> list[tuple[str, int, str]]:

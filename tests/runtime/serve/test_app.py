@@ -402,7 +402,7 @@ def test_a_large_picture_is_scaled_down_to_half_the_context(processor):
     roomy = copy.deepcopy(processor)
     roomy.image_processor.size = {"shortest_edge": 1024, "longest_edge": 2**24}
     body = question(with_picture(data_url(picture(size=(900, 900)))))  # 784 tokens as it is
-    for limits, tokens in ((Limits(), 225), (Limits(pixels=64 * 64), 4)):
+    for limits, tokens in ((Limits(), 256), (Limits(pixels=64 * 64), 4)):
         decoder = MadeUpDecoder(context=512)
         with live(service_for(decoder, roomy, limits)) as url:
             assert chat(url, body).status_code == 200
