@@ -66,8 +66,8 @@ def _add_pages(app: FastAPI, service: Service) -> None:
 
     @app.get("/health")
     async def health() -> Response:
-        well = service.scheduler.alive and not service.stopping
-        return JSONResponse({"status": "ok" if well else "stopping"}, 200 if well else 503)
+        status = "stopping" if service.stopping else "ok" if service.scheduler.well else "failing"
+        return JSONResponse({"status": status}, 200 if status == "ok" else 503)
 
 
 def _add_endpoints(app: FastAPI, service: Service, guards: Sequence[Any]) -> None:

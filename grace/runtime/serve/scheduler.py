@@ -25,6 +25,7 @@ from grace.runtime.text_stream import TextStream
 
 log = logging.getLogger("grace.serve")
 
+FAILED_STEPS = 3  # in a row: the server is not well
 PREFILL_TOKENS = 1024  # read between two decoding steps; a longer prompt goes alone
 
 
@@ -109,6 +110,7 @@ class Scheduler:
         self._outputs: list[tuple[Job, Output]] = []
         self._wake = threading.Condition()
         self._refuses = self._stops = False
+        self._failed_steps = 0  # in a row
         self._thread = threading.Thread(target=self._run, name="grace-scheduler", daemon=True)
 
     def start(self) -> None:
@@ -119,6 +121,11 @@ class Scheduler:
     def alive(self) -> bool:
         """Whether the thread runs."""
         return self._thread.is_alive()
+
+    @property
+    def well(self) -> bool:
+        """Whether it answers: it runs, and its last steps did not all fail, as they do on a lost device."""
+        return self.alive and self._failed_steps < FAILED_STEPS
 
     def submit(self, jobs: Sequence[Job]) -> None:
         """Queues jobs, in order.
@@ -224,8 +231,10 @@ class Scheduler:
         try:
             logits_RV = self._decoder.decode([job.row for job in jobs], [job.token for job in jobs])
         except Exception as error:  # noqa: BLE001 - the answers are lost, the server is not
+            self._failed_steps += not isinstance(error, UserError)
             self._fail(jobs, error)
             return
+        self._failed_steps = 0
         best = logits_RV.argmax(-1).tolist() if any(job.greedy for job in jobs) else []  # one call for all
         for index, job in enumerate(jobs):
             try:

@@ -572,6 +572,19 @@ def test_requests_that_take_too_long_and_prompts_that_fail(processor):
         assert chat(url, question()).status_code == 200
 
 
+def test_a_lost_device_shows_in_health(processor, monkeypatch):
+    decoder = MadeUpDecoder(rows=1)
+    decode = decoder.decode
+    with live(service_for(decoder, processor)) as url:
+        monkeypatch.setattr(decoder, "decode", lambda *_: 1 / 0)
+        for number in range(3):
+            assert get(url, "/health").status_code == 200, number
+            assert_refused(chat(url, question()), 500)
+        assert get(url, "/health").json() == {"status": "failing"} and get(url, "/health").status_code == 503
+        monkeypatch.setattr(decoder, "decode", decode)
+        assert chat(url, question()).status_code == 200 and get(url, "/health").status_code == 200
+
+
 def test_an_error_in_mid_stream_is_an_event(processor):
     decoder = MadeUpDecoder(rows=1, context=10**6, seconds=0.01)
     with live(service_for(decoder, processor, Limits(seconds=0.4))) as url:
