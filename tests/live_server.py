@@ -26,9 +26,9 @@ from torch import Tensor
 
 from grace.data.template import Sample
 from grace.runtime.serve.app import create_app
-from grace.runtime.serve.command import bind
 from grace.runtime.serve.connection import Connection
 from grace.runtime.serve.images import ImageRules
+from grace.runtime.serve.listener import bind
 from grace.runtime.serve.service import Limits, Service
 
 
@@ -97,10 +97,10 @@ def service_for(
 
 
 @contextlib.contextmanager
-def live(service: Service, key: str | None = None) -> Iterator[str]:
+def live(service: Service, key: str | None = None, local: bool = False) -> Iterator[str]:
     """Runs a service on a free port of this machine; yields its URL."""
     config = uvicorn.Config(
-        create_app(service, key),
+        create_app(service, key, local),
         http=Connection,
         ws="none",
         lifespan="on",

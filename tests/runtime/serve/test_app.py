@@ -290,6 +290,19 @@ def test_a_foreign_page_cannot_post(url):
     assert "access-control-allow-origin" not in response.headers
 
 
+def test_a_foreign_name_that_points_here_is_no_way_in(processor):
+    page = {"Origin": "http://evil.example:8000", "Host": "evil.example:8000"}
+    with live(service_for(MadeUpDecoder(), processor), local=True) as url:
+        assert_refused(chat(url, question(), headers=page), 403)
+        for host in ("localhost:8000", "127.0.0.1:8000", "[::1]:8000"):
+            assert (
+                chat(url, question(), headers={"Origin": f"http://{host}", "Host": host}).status_code == 200
+            )
+        assert chat(url, question(), headers={"Host": "proxy.example"}).status_code == 200  # no page
+    with live(service_for(MadeUpDecoder(), processor), key="sesame") as url:
+        assert chat(url, question(), headers=page | {"Authorization": "Bearer sesame"}).status_code == 200
+
+
 # ---------------------------------------------------------------- hostile requests
 
 

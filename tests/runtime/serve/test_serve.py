@@ -23,7 +23,8 @@ from grace import cli, cli_serve
 from grace.errors import UserError
 from grace.runtime import load
 from grace.runtime.serve import other_engines
-from grace.runtime.serve.command import api_key, bind, is_loopback, weight_bytes
+from grace.runtime.serve.command import api_key, weight_bytes
+from grace.runtime.serve.listener import bind, is_loopback
 
 KEY = "sesame"
 
