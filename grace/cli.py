@@ -1,6 +1,6 @@
 """The `grace` command. Every import of an implementation waits until its sub-command runs.
 
-grace demo | data ... | train | report | teacher-cache | export | generate | inspect | serve
+grace demo | data ... | train | report | teacher-cache | export | generate | inspect | serve | bench
 """
 
 import argparse
@@ -11,8 +11,9 @@ from pathlib import Path
 from grace import __version__
 from grace.arguments import add as _add
 from grace.arguments import add_json as _add_json
-from grace.arguments import add_teacher_cache, add_train, byte_size, integer, number
+from grace.arguments import add_teacher_cache, add_train, byte_size, integer
 from grace.cli_data import add_data
+from grace.cli_runtime import add_bench, add_generate
 from grace.cli_serve import add_serve
 from grace.errors import Parser, UserError, run_command
 
@@ -53,11 +54,12 @@ def build_parser() -> Parser:
         _add_report,
         _add_teacher_cache,
         _add_export,
-        _add_generate,
+        lambda commands: add_generate(commands, KERNELS),
         _add_inspect,
     ):
         add(commands)
     add_serve(commands, KERNELS)
+    add_bench(commands, KERNELS)
     return parser
 
 
@@ -117,33 +119,6 @@ def _add_export(commands: "argparse._SubParsersAction[Parser]") -> None:
     _add_json(parser)
 
 
-def _add_generate(commands: "argparse._SubParsersAction[Parser]") -> None:
-    parser = _add(commands, "generate", "Answer a prompt about pictures.", _generate)
-    parser.add_argument("directory", metavar="DIR", type=Path, help="an exported model or a run's model/")
-    parser.add_argument(
-        "--image", nargs="+", action="extend", default=[], metavar="FILE", help="pictures, in order"
-    )
-    parser.add_argument("--prompt", required=True, metavar="TEXT", help="may place each picture with <image>")
-    parser.add_argument(
-        "--max-new-tokens", type=integer(1), default=128, metavar="N", help="default: %(default)s"
-    )
-    parser.add_argument(
-        "--temperature",
-        type=number(0),
-        default=0.0,
-        metavar="T",
-        help="default: 0, always the likeliest token",
-    )
-    parser.add_argument(
-        "--top-p", type=number(0, 1, open_low=True), default=1.0, metavar="P", help="default: 1"
-    )
-    parser.add_argument("--seed", type=integer(0), help="makes sampling repeatable")
-    parser.add_argument(
-        "--kernel", choices=KERNELS, default="auto", help="for packed layers; default: %(default)s"
-    )
-    _add_json(parser)
-
-
 def _add_inspect(commands: "argparse._SubParsersAction[Parser]") -> None:
     parser = _add(commands, "inspect", "Show a quantized model layer by layer.", _inspect)
     parser.add_argument("directory", metavar="DIR", type=Path, help="an AWQ or QAT directory")
@@ -184,12 +159,6 @@ def _export(args: argparse.Namespace) -> int:
 
     args.format = args.format or ["awq"]
     return run_export(args)
-
-
-def _generate(args: argparse.Namespace) -> int:
-    from grace.runtime.generate import run_generate
-
-    return run_generate(args)
 
 
 def _inspect(args: argparse.Namespace) -> int:

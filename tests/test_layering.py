@@ -22,7 +22,7 @@ BELONGS_TO = {
     "run_info": "run", "watch": "run", "preemption": "run", "step_inputs": "train", "step_stats": "step",
     "student": "step", "schedule": "train", "cache_settings": "teacher_cache", "tracking_wandb": "tracking",
     "parallel_fsdp": "parallel", "parallel_zero": "parallel",
-    "cli_data": "cli", "cli_audit": "cli", "cli_serve": "cli",
+    "cli_data": "cli", "cli_audit": "cli", "cli_serve": "cli", "cli_runtime": "cli",
 }  # fmt: skip
 # Leaves that may import another: models wrap linears with quant's module class.
 BETWEEN_LEAVES = {("models", "quant")}

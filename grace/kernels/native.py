@@ -83,6 +83,9 @@ class NativeWeight:
     group_size: int
     has_zeros: bool
 
+    def __deepcopy__(self, memo: Any) -> "NativeWeight":
+        return self  # its tensors are what the pointers point to
+
 
 @functools.cache
 def obstacle() -> str | None:

@@ -19,7 +19,8 @@ from grace.data.packing import positions_3L
 from grace.data.template import IMAGE_TOKEN_TYPE, Sample
 from grace.errors import UserError
 from grace.models.decoder_parts import DecoderParts, decoder_parts, visual_features
-from grace.runtime.fused_linear import FusedLinear, Head
+from grace.runtime.fused_linear import FusedLinear
+from grace.runtime.head import Head
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """Layer, queries [T, H, S], keys and values [T, K, S] to [T, H * S]."""

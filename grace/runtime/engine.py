@@ -14,15 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
-from grace.data.records import IMAGE_MARK, Turn, open_image
+from grace.data.records import IMAGE_MARK, Turn
 from grace.data.template import Sample, encode_prompt
 from grace.errors import UserError
 from grace.models.processor import load_processor
 from grace.runtime.graphs import GraphDecoder, decoder_for, tune
+from grace.runtime.head import Head
 from grace.runtime.int4_linear import set_kernel
 from grace.runtime.loading import checkpoint_kind, load_model, require_tokenizer
+from grace.runtime.pictures import Picture, load_picture
 from grace.runtime.sampling import Sampler, Sampling
 from grace.runtime.text_stream import TextStream
 
@@ -105,21 +106,30 @@ class Engine:
         rows: sequences that the decoder holds side by side.
     """
 
-    def __init__(self, model: Any, processor: Any, kind: str, context: int | None = None, rows: int = 1):
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        kind: str,
+        context: int | None = None,
+        rows: int = 1,
+        head: str = "bf16",
+    ):
         self.model, self.processor, self.kind = model, processor, kind
         self._grows = context is None
         self.decoder = decoder_for(model, rows, context or CONTEXT_STEP)
+        self.decoder.head = Head(self.decoder.parts.head_VD, head)
         stored = model.generation_config.eos_token_id
         ends = {stored} if isinstance(stored, int) else set(stored or ())
         self.ends = frozenset({*ends, processor.tokenizer.convert_tokens_to_ids("<|im_end|>")})
 
-    def encode(self, turns: Sequence[Turn], images: Sequence[str | Path | Image.Image] = ()) -> Sample:
+    def encode(self, turns: Sequence[Turn], images: Sequence[Picture] = ()) -> Sample:
         """A conversation as the decoder's input.
 
         Raises:
             UserError: a picture that cannot be read, or `<image>` marks that do not match the pictures.
         """
-        return encode_prompt(turns, [picture(image) for image in images], self.processor)
+        return encode_prompt(turns, [load_picture(image) for image in images], self.processor)
 
     def text_stream(self, sample: Sample, sampling: Sampling) -> TextStream:
         """The text of an answer to `sample`, which ends at the latest where the context does."""
@@ -128,13 +138,17 @@ class Engine:
         return TextStream(self.processor.tokenizer, sampling.stop, self.ends, limit)
 
     def answer(
-        self, turns: Sequence[Turn], images: Sequence[Any] = (), sampling: Sampling | None = None
+        self, turns: Sequence[Turn], images: Sequence[Picture] = (), sampling: Sampling | None = None
     ) -> Answer:
         """Starts an answer to a conversation whose last turn is the user's; one at a time."""
         sampling = sampling or Sampling()
         sample = self.encode(turns, images)
         self.make_room(len(sample.input_ids_L) + sampling.max_new_tokens)
         return Answer(self, sample, sampling)
+
+    def has_room(self, sample: Sample, sampling: Sampling) -> bool:
+        """Whether `make_room` would leave the context as it is."""
+        return not self._grows or len(sample.input_ids_L) + sampling.max_new_tokens <= self.decoder.context
 
     def make_room(self, tokens: int) -> None:
         """Lets the context grow to `tokens`, where it was not fixed and as far as the model goes. Empties all rows."""
@@ -144,7 +158,7 @@ class Engine:
 
     def generate(
         self,
-        images: Sequence[str | Path | Image.Image],
+        images: Sequence[Picture],
         prompt: str,
         max_new_tokens: int = 128,
         temperature: float = 0.0,
@@ -169,7 +183,7 @@ class Engine:
 
     def stream(
         self,
-        images: Sequence[str | Path | Image.Image],
+        images: Sequence[Picture],
         prompt: str,
         max_new_tokens: int = 128,
         temperature: float = 0.0,
@@ -189,6 +203,7 @@ def load(
     context: int | None = None,
     rows: int = 1,
     device: str | torch.device | None = None,
+    head: str = "bf16",
 ) -> Engine:
     """Loads an AWQ, QAT or plain Qwen3-VL directory.
 
@@ -197,6 +212,7 @@ def load(
         kernel: for packed layers, see `grace.runtime.int4_linear.KERNELS`.
         context, rows: see `Engine`.
         device: where to run; None is the CPU.
+        head: of the output layer, one of `grace.runtime.head.HEADS`: as stored, or rounded while loading.
 
     Raises:
         UserError: nothing there, damaged, of another model, or a kernel that cannot run it.
@@ -211,7 +227,7 @@ def load(
     if device is not None:
         model = model.to(device)
     set_kernel(model, kernel)
-    engine = Engine(model, processor, kind, context, rows)
+    engine = Engine(model, processor, kind, context, rows, head)
     if isinstance(engine.decoder, GraphDecoder):
         tune(engine.decoder, lambda line: print(f"kernel timed, once per device: {line}", file=sys.stderr))
     return engine
@@ -228,20 +244,3 @@ def question(prompt: str, pictures: int) -> Turn:
     if pictures and IMAGE_MARK not in prompt:
         prompt = f"{IMAGE_MARK}\n" * pictures + prompt
     return Turn("user", prompt)
-
-
-def picture(image: str | Path | Image.Image) -> Image.Image:
-    """A picture as RGB.
-
-    Raises:
-        UserError: it cannot be read.
-    """
-    if isinstance(image, Image.Image):
-        return image.convert("RGB")
-    try:
-        return open_image(Path(image), "--image")
-    except UserError as error:
-        reason = "no such file" if isinstance(error.__cause__, FileNotFoundError) else error.__cause__
-        raise UserError(
-            f"the picture {image} cannot be read ({reason}): pass another with --image"
-        ) from error

@@ -1,4 +1,4 @@
-"""Linears that read the same input, run as one; and the output layer.
+"""Linears that read the same input, run as one.
 
 Shape suffixes: M tokens, D input features, O output features.
 """
@@ -6,7 +6,6 @@ Shape suffixes: M tokens, D input features, O output features.
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from grace.kernels import native
@@ -43,13 +42,3 @@ def _native_weight(modules: Sequence[nn.Module]) -> native.NativeWeight | None:
         return None
     stored = [native.Awq(layer.qweight, layer.qzeros, layer.scales, layer.bias) for layer in layers]
     return native.prepare(stored, layers[0].group_size)
-
-
-class Head:
-    """The output layer."""
-
-    def __init__(self, weight_VD: Tensor):
-        self.weight_VD = weight_VD
-
-    def __call__(self, x_MD: Tensor) -> Tensor:
-        return F.linear(x_MD, self.weight_VD)

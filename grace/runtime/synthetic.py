@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from grace.export.awq import NOT_CONVERTED, ZERO_WORD
 from grace.files import write_text
 from grace.kernels import reference
 from grace.models.qwen3vl import config_for, decoder_linears, skeleton
@@ -21,11 +22,10 @@ from grace.models.qwen3vl import config_for, decoder_linears, skeleton
 NAMES = {f"qwen3-vl-{size}": f"Qwen/Qwen3-VL-{size.upper()}-Instruct" for size in ("2b", "4b", "8b")}
 GROUP_SIZE = 128
 _STD = 0.02
-_ZERO_WORD = 0x88888888 - (1 << 32)  # eight zero points of 8, as a signed integer
 _CODE_STD = 4.61  # of uniform codes from -8 to 7
 _QUANTIZATION = {
     "quant_method": "awq", "bits": 4, "group_size": GROUP_SIZE, "version": "gemm", "zero_point": True,
-    "modules_to_not_convert": ["visual", "model.visual", "lm_head"],
+    "modules_to_not_convert": NOT_CONVERTED,
 }  # fmt: skip
 
 Advance = Callable[[int, int], None]
@@ -119,7 +119,7 @@ class SyntheticModel:
             )
             stored = {
                 "qweight": codes,
-                "qzeros": torch.full((groups, words), _ZERO_WORD, dtype=torch.int32),
+                "qzeros": torch.full((groups, words), ZERO_WORD, dtype=torch.int32),
                 "scales": scales.bfloat16().half(),
             }
             weight_IO = reference.dequantize(*stored.values(), GROUP_SIZE, torch.float32)

@@ -20,7 +20,7 @@ def activations(tokens: int = 1, dtype: torch.dtype = torch.bfloat16, device: st
 
 
 def test_names():
-    assert NAMES == ("auto", "triton", "aten", "dequant", "reference", "gptqmodel")
+    assert NAMES == ("auto", "triton", "native", "aten", "dequant", "reference", "gptqmodel")
 
 
 @pytest.mark.parametrize(
@@ -42,11 +42,24 @@ def test_auto_and_its_reasons(
 ):
     pytest.importorskip("triton")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(registry.native, "obstacle", lambda: "gcc is not installed")
     choice = choose(shape, cast(torch.Tensor, x))
     assert choice.kernel == kernel and reason in choice.reason
 
 
+def test_auto_takes_the_compiled_kernel_for_any_number_of_tokens(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(registry.native, "obstacle", lambda: None)
+    for tokens in (1, 4096):
+        assert choose(SHAPE, activations(tokens)).kernel == "native"
+    assert choose(SHAPE, activations(dtype=torch.float32)).kernel == "dequant"
+    assert choose(Shape(256, 48, 256), activations()).kernel == "aten"
+    assert "compiled int4 kernel" in describe(SHAPE, "auto", CPU)
+    assert "on the CPU, the weights are on cuda" in str(KERNELS["native"].layer_obstacle(SHAPE, CUDA))
+
+
 def test_described_for_people(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(registry.native, "obstacle", lambda: "gcc is not installed")
+    assert "since gcc is not installed" in describe(SHAPE, "auto", CPU)
     assert "ATen int4 up to" in describe(SHAPE, "auto", CPU)
     assert describe(Shape(256, 24, 128), "auto", CPU).startswith(
         "dequantize + dense (ATen's int4 matmul needs"

@@ -8,7 +8,7 @@ from torch import nn
 
 from grace.errors import UserError
 from grace.export import awq
-from grace.kernels import aten, dequant, reference
+from grace.kernels import aten, dequant, native, reference
 from grace.runtime.int4_linear import (
     ATEN_MAX_TOKENS,
     Int4Linear,
@@ -71,7 +71,8 @@ def test_kernels_match_the_oracle(kernel: str, dtype: torch.dtype, tolerance: fl
             assert result.shape == (0, 48)
 
 
-def test_auto_goes_by_type_and_number_of_tokens():
+def test_auto_goes_by_type_and_number_of_tokens(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(native, "obstacle", lambda: "gcc is not installed")
     layer = packed_layer()
     few, many = (
         torch.zeros(tokens, 256, dtype=torch.bfloat16) for tokens in (ATEN_MAX_TOKENS, ATEN_MAX_TOKENS + 1)
@@ -101,6 +102,7 @@ def test_a_kernel_that_fails_raises(monkeypatch: pytest.MonkeyPatch):
     def broken(*args: object) -> None:
         raise RuntimeError("no such instruction")
 
+    monkeypatch.setattr(native, "obstacle", lambda: "gcc is not installed")
     monkeypatch.setattr(aten, "matmul", broken)
     for kernel in ("auto", "aten"):
         with pytest.raises(RuntimeError, match="no such instruction"):
@@ -166,7 +168,8 @@ def test_conversions_leave_the_packed_tensors_exact(convert):
     assert_close(converted(x), oracle, 2**-6)
 
 
-def test_one_kernel_for_a_model_or_none():
+def test_one_kernel_for_a_model_or_none(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(native, "obstacle", lambda: "gcc is not installed")
     model = nn.Sequential(packed_layer(), nn.Linear(48, 48), packed_layer(out_features=24))
     assert set(int4_linears(model)) == {"0", "2"}
     with pytest.raises(UserError, match="cannot run 2 .*divisible by 16"):
