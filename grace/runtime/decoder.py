@@ -8,7 +8,7 @@ H query heads, K key/value heads, G query heads per key/value head, S head size,
 C context, V vocabulary, N visual tokens.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,9 +21,7 @@ from grace.errors import UserError
 from grace.models.decoder_parts import DecoderParts, decoder_parts, visual_features
 from grace.runtime.fused_linear import FusedLinear
 from grace.runtime.head import Head
-
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-"""Layer, queries [T, H, S], keys and values [T, K, S] to [T, H * S]."""
+from grace.runtime.row_attention import Attend, row_attention
 
 
 class Layer:
@@ -75,8 +73,9 @@ class Decoder:
         self.rows, self.context = rows or self.rows, context or self.context
         # One place more than the context: where rows that only fill up a batch write.
         shape = (len(self.layers), self.rows, self.parts.kv_heads, self.context + 1, self.parts.head_size)
-        self.keys_LRKCS = torch.empty(shape, dtype=self.dtype, device=self.device)
-        self.values_LRKCS = torch.empty(shape, dtype=self.dtype, device=self.device)
+        # Not empty: what is masked still takes part, as zero times something that must be finite.
+        self.keys_LRKCS = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        self.values_LRKCS = torch.zeros(shape, dtype=self.dtype, device=self.device)
         self._lengths = [0] * self.rows
         self._offsets = [0] * self.rows  # of the rotary position from the place in the cache
 
@@ -167,18 +166,7 @@ class Decoder:
         x_RD = F.embedding(torch.tensor(tokens, device=self.device), self.parts.embed_VD)
         cos_RS, sin_RS = self._rotation(torch.tensor(places, device=self.device).expand(3, -1))
 
-        def attend(layer: int, q_RHS: Tensor, k_RKS: Tensor, v_RKS: Tensor) -> Tensor:
-            keys, values = self.keys_LRKCS[layer], self.values_LRKCS[layer]
-            found = []
-            for index, (row, length) in enumerate(zip(rows, lengths, strict=True)):
-                keys[row, :, length] = k_RKS[index]
-                values[row, :, length] = v_RKS[index]
-                k_KCS, v_KCS = keys[row : row + 1, :, : length + 1], values[row : row + 1, :, : length + 1]
-                # The query heads that share a key head stand where a sequence of queries would.
-                q_KGS = q_RHS[index].view(1, self.parts.kv_heads, -1, self.parts.head_size)
-                found.append(F.scaled_dot_product_attention(q_KGS, k_KCS, v_KCS).reshape(1, -1))
-            return found[0] if len(found) == 1 else torch.cat(found)
-
+        attend = row_attention(self.keys_LRKCS, self.values_LRKCS, rows, lengths)
         for index in range(len(self.layers)):
             x_RD = self._layer(index, x_RD, cos_RS, sin_RS, attend)
         return self._logits(x_RD)

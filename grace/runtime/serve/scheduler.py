@@ -5,6 +5,7 @@ tokens at a time, so that who is being answered does not wait long for who arriv
 batch per step through `deliver`, which must not block.
 """
 
+import heapq
 import logging
 import threading
 import time
@@ -203,7 +204,7 @@ class Scheduler:
                 job = self._waiting.popleft() if self._waiting else None
             if job is None:
                 break
-            job.row = self._free.pop()
+            job.row = heapq.heappop(self._free)  # the lowest: rows side by side are decoded in one piece
             self._running.append(job)
             start = time.monotonic()
             self._metrics.queue_seconds.observe(start - job.submitted)
@@ -226,7 +227,7 @@ class Scheduler:
         """One token for every running answer."""
         if not self._running:
             return
-        jobs = [*self._running]
+        jobs = sorted(self._running, key=lambda job: job.row)
         start = time.monotonic()
         try:
             logits_RV = self._decoder.decode([job.row for job in jobs], [job.token for job in jobs])
@@ -254,7 +255,6 @@ class Scheduler:
             job.adjustments.count(token)
         known = None if job.likeliest is None else alternatives(logits_V, token, job.likeliest)
         text = job.stream.push(token)
-        self._metrics.generated_tokens.inc()
         finish = job.stream.finish_reason
         self._outputs.append((job, Output(text, len(job.stream.tokens), known, finish)))
         if finish:
@@ -264,7 +264,7 @@ class Scheduler:
     def _leave(self, job: Job) -> None:
         self._running.remove(job)
         self._decoder.release(job.row)
-        self._free.append(job.row)
+        heapq.heappush(self._free, job.row)
 
     def _fail(self, jobs: list[Job], error: Exception) -> None:
         if isinstance(error, UserError):  # what the decoder says of a prompt
@@ -279,6 +279,7 @@ class Scheduler:
     def _flush(self) -> None:
         outputs, self._outputs = self._outputs, []
         if outputs:
+            self._metrics.generated_tokens.inc(sum(output.error is None for _, output in outputs))
             self._deliver(outputs)
 
 
