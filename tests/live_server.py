@@ -53,7 +53,10 @@ class MadeUpDecoder:
         self.gate = threading.Event()
         self.gate.set()
 
-    def prefill(self, row: int, sample: Sample) -> Tensor:
+    def look(self, samples: Sequence[Sample]) -> list[None]:
+        return [None] * len(samples)
+
+    def prefill(self, row: int, sample: Sample, seen: None) -> Tensor:
         assert row not in self._prompts, f"row {row} is taken"
         prompt = sample.input_ids_L.tolist()
         if self.broken.intersection(prompt):

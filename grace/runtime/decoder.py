@@ -9,7 +9,7 @@ C context, V vocabulary, N visual tokens.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,13 @@ from grace.models.decoder_parts import DecoderParts, decoder_parts, visual_featu
 from grace.runtime.fused_linear import FusedLinear
 from grace.runtime.head import Head
 from grace.runtime.row_attention import Attend, row_attention
+
+
+class Seen(NamedTuple):
+    """A prompt's pictures after the vision tower: what stands for their tokens, and the deepstack features."""
+
+    features_ND: Tensor
+    deep_ND: list[Tensor]
 
 
 class Layer:
@@ -88,8 +95,25 @@ class Decoder:
         self._lengths[row] = self._offsets[row] = 0
 
     @torch.inference_mode()
-    def prefill(self, row: int, sample: Sample) -> Tensor:
+    def look(self, samples: Sequence[Sample]) -> list[Seen | None]:
+        """The pictures of several prompts, in one pass of the vision tower; None for a prompt without any."""
+        pixels = [one.pixel_values_PD for one in samples if one.pixel_values_PD is not None]
+        grids = [one.image_grid_thw_N3 for one in samples if one.image_grid_thw_N3 is not None]
+        if not pixels:
+            return [None for _ in samples]
+        seen_ND, deep_ND = visual_features(
+            self.model, torch.cat(pixels).to(self.device), torch.cat(grids).to(self.device)
+        )
+        sizes = [int((one.mm_token_type_ids_L == IMAGE_TOKEN_TYPE).sum()) for one in samples]
+        parts = zip(seen_ND.split(sizes), *(deep.split(sizes) for deep in deep_ND), strict=True)
+        return [Seen(seen, deep) if len(seen) else None for seen, *deep in parts]
+
+    @torch.inference_mode()
+    def prefill(self, row: int, sample: Sample, seen: Seen | None = None) -> Tensor:
         """Reads a prompt with its pictures into a row, over what was there.
+
+        Args:
+            seen: what `look` gave for this prompt; None looks at its pictures now.
 
         Returns:
             fp32 logits [V] of the token that follows.
@@ -107,7 +131,7 @@ class Decoder:
         positions_3T = positions_3L(sample, self.parts.merge_size)
         ids_T = sample.input_ids_L.to(self.device)
         x_TD = F.embedding(ids_T, self.parts.embed_VD)
-        deep_ND, visual_T = self._put_pictures(x_TD, sample)
+        deep_ND, visual_T = self._put_pictures(x_TD, sample, seen)
         cos_TS, sin_TS = self._rotation(positions_3T.to(self.device))
 
         def attend(layer: int, q_THS: Tensor, k_TKS: Tensor, v_TKS: Tensor) -> Tensor:
@@ -198,12 +222,14 @@ class Decoder:
         cos_TS, sin_TS = (part.to(self.dtype)[:, None] for part in both)
         return cos_TS, sin_TS
 
-    def _put_pictures(self, x_TD: Tensor, sample: Sample) -> tuple[list[Tensor], Tensor | None]:
+    def _put_pictures(
+        self, x_TD: Tensor, sample: Sample, seen: Seen | None
+    ) -> tuple[list[Tensor], Tensor | None]:
         """Replaces image tokens' embeddings in place; the deepstack features and where they belong."""
-        if sample.pixel_values_PD is None or sample.image_grid_thw_N3 is None:
+        if seen is None:
+            (seen,) = self.look([sample])
+        if seen is None:
             return [], None
-        pixels, grid = sample.pixel_values_PD.to(self.device), sample.image_grid_thw_N3.to(self.device)
-        seen_ND, deep_ND = visual_features(self.model, pixels, grid)
         visual_T = (sample.mm_token_type_ids_L == IMAGE_TOKEN_TYPE).to(self.device)
-        x_TD[visual_T] = seen_ND.to(x_TD.dtype)
-        return deep_ND, visual_T
+        x_TD[visual_T] = seen.features_ND.to(x_TD.dtype)
+        return seen.deep_ND, visual_T

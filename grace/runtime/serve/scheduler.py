@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -35,7 +35,8 @@ class Rows(Protocol):
 
     rows: int
 
-    def prefill(self, row: int, sample: Sample) -> Tensor: ...
+    def look(self, samples: Sequence[Sample]) -> Sequence[Any]: ...
+    def prefill(self, row: int, sample: Sample, seen: Any) -> Tensor: ...
     def decode(self, rows: Sequence[int], tokens: Sequence[int]) -> Tensor: ...
     def release(self, row: int) -> None: ...
 
@@ -198,30 +199,44 @@ class Scheduler:
 
     def _admit(self) -> None:
         """Reads prompts into free rows until the tokens of one turn are used up."""
+        jobs: list[Job] = []
         budget = PREFILL_TOKENS
-        while self._free and budget > 0:
-            with self._wake:
-                job = self._waiting.popleft() if self._waiting else None
-            if job is None:
-                break
-            job.row = heapq.heappop(self._free)  # the lowest: rows side by side are decoded in one piece
-            self._running.append(job)
-            start = time.monotonic()
+        with self._wake:
+            while self._waiting and len(jobs) < len(self._free) and budget > 0:
+                jobs.append(self._waiting.popleft())
+                budget -= len(jobs[-1].sample.input_ids_L)
+            self._metrics.queued.set(len(self._waiting))
+        start = time.monotonic()
+        for job, seen in zip(jobs, self._look(jobs), strict=True):
             self._metrics.queue_seconds.observe(start - job.submitted)
-            try:
-                logits_V = self._decoder.prefill(job.row, job.sample)
-                job.sample = replace(job.sample, pixel_values_PD=None)  # they are read, and large
-                self._advance(job, logits_V)
-            except Exception as error:  # noqa: BLE001 - one prompt's failure is not the others'
-                self._fail([job], error)
-            else:
-                now = time.monotonic()
-                self._metrics.prefill_seconds.observe(now - start)
-                self._metrics.first_token_seconds.observe(now - job.submitted)
-                self._metrics.prompt_tokens.inc(len(job.sample.input_ids_L))
-            budget -= len(job.sample.input_ids_L)
-        self._metrics.queued.set(len(self._waiting))
+            self._read(job, seen)
         self._metrics.running.set(len(self._running))
+
+    def _look(self, jobs: list[Job]) -> Sequence[Any]:
+        """The pictures of several prompts at once; each prompt looks for itself where that fails, to fail alone."""
+        if len(jobs) > 1 and any(job.sample.pixel_values_PD is not None for job in jobs):
+            try:
+                return self._decoder.look([job.sample for job in jobs])
+            except Exception as error:
+                log.warning("pictures are looked at one by one", exc_info=error)
+        return [None] * len(jobs)
+
+    def _read(self, job: Job, seen: Any) -> None:
+        """One prompt into a row, up to its first token."""
+        job.row = heapq.heappop(self._free)  # the lowest: rows side by side are decoded in one piece
+        self._running.append(job)
+        start = time.monotonic()
+        try:
+            logits_V = self._decoder.prefill(job.row, job.sample, seen)
+            job.sample = replace(job.sample, pixel_values_PD=None)  # they are read, and large
+            self._advance(job, logits_V)
+        except Exception as error:  # noqa: BLE001 - one prompt's failure is not the others'
+            self._fail([job], error)
+            return
+        now = time.monotonic()
+        self._metrics.prefill_seconds.observe(now - start)
+        self._metrics.first_token_seconds.observe(now - job.submitted)
+        self._metrics.prompt_tokens.inc(len(job.sample.input_ids_L))
 
     def _step(self) -> None:
         """One token for every running answer."""
