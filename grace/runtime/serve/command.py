@@ -120,7 +120,9 @@ def _load(args: argparse.Namespace) -> Service:
     rows, context = args.max_batch or MAX_BATCH, args.context or CONTEXT
     device = None if args.device is None else _device(args.device)
     try:
-        engine = load(args.directory, kernel=args.kernel, context=context, rows=rows, device=device)
+        engine = load(
+            args.directory, kernel=args.kernel, context=context, rows=rows, device=device, head=args.head
+        )
     except (RuntimeError, MemoryError) as error:
         if "alloc" not in str(error) and "memory" not in str(error):
             raise
@@ -137,7 +139,9 @@ def _load(args: argparse.Namespace) -> Service:
         seconds=args.request_timeout or defaults.seconds,
         pixels=args.max_pixels,
     )
-    return Service(engine, name, weight_bytes(engine.model), limits, rules)
+    head = engine.decoder.head
+    weights = weight_bytes(engine.model) + (0 if head.kind == "bf16" else head.weight_bytes())
+    return Service(engine, name, weights, limits, rules)
 
 
 def _device(name: str) -> Any:

@@ -160,7 +160,7 @@ def test_files_and_metrics(serving, client):
 
 
 def test_sigterm_finishes_what_runs_and_an_open_door_is_said(awq_dir):
-    with Serving(awq_dir, "--host", "0.0.0.0", "--served-model-name", "x") as serving:
+    with Serving(awq_dir, "--host", "0.0.0.0", "--served-model-name", "x", "--head", "int4") as serving:
         body = question(max_tokens=150, ignore_eos=True, stream=True)
         with httpx.stream("POST", f"{serving.url}/v1/chat/completions", json=body, timeout=60) as response:
             lines = response.iter_lines()
@@ -215,6 +215,7 @@ def test_a_port_in_use(awq_dir, capsys):
         (["{awq}", "--engine", "sglang"], "pip install sglang"),
         (["{awq}", "--engine", "vllm", "--kernel", "aten"], "--kernel is for the engine grace"),
         (["{awq}", "--engine", "sglang", "--image-root", "{awq}"], "--image-root"),
+        (["{awq}", "--engine", "vllm", "--head", "int4"], "--head is for the engine grace"),
     ],
 )
 def test_wrong_options_are_one_line_and_exit_2(awq_dir, capsys, options, message):
