@@ -2,8 +2,9 @@
 
 Throughput of `grace serve` by number of clients at once, as a ratio over one client. The server is a process of its
 own; each client asks about a picture and reads the streamed answer, again and again, all answers of the same length
-(`ignore_eos`). Client counts take turns and the median of the repeats is taken. Without DIR, `--synthetic student`
-serves the small world's student with random weights.
+(`ignore_eos`). Client counts take turns and the median of the repeats is taken. Without DIR, `--synthetic` serves random
+weights: the small world's student, dense, or a published shape, packed (with the small world's tokenizer: its
+vocabulary's other rows are text of no length).
 
 Prints a table and, last, one line of JSON.
 """
@@ -15,6 +16,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,6 +28,9 @@ from statistics import median
 
 from measure import machine, report
 from PIL import Image
+
+from grace.models.tiny import build_processor, build_tokenizer, write_tiny_model
+from grace.runtime.synthetic import NAMES, SyntheticModel
 
 
 @dataclass(frozen=True)
@@ -93,6 +98,17 @@ def start_server(words: list[str]) -> tuple[subprocess.Popen[str], int]:
     raise SystemExit("".join(said))
 
 
+def synthetic(name: str, scratch: Path) -> Path:
+    """A model directory with random weights."""
+    directory = scratch / name
+    if name == "student":
+        return write_tiny_model(directory, "student")
+    SyntheticModel(name).write(directory, scratch / "dense")
+    shutil.rmtree(scratch / "dense")
+    build_processor(build_tokenizer()).save_pretrained(directory)
+    return directory
+
+
 def resident_mb(pid: int) -> float:
     text = Path(f"/proc/{pid}/status").read_text()
     return int(re.findall(r"VmRSS:\s+(\d+)", text)[0]) / 1e3
@@ -103,7 +119,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("directory", type=Path, nargs="?", metavar="DIR", help="an exported model")
-    parser.add_argument("--synthetic", choices=("student", "teacher"), default="student", help="without DIR")
+    parser.add_argument("--synthetic", choices=("student", *NAMES), default="student", help="without DIR")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16], help="default: 1 4 16")
     parser.add_argument("--tokens", type=int, default=64, help="of each answer; default: %(default)s")
     parser.add_argument("--pixels", type=int, default=96, help="edge of the picture; default: %(default)s")
@@ -113,11 +129,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="also write the JSON here")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        directory = args.directory
-        if directory is None:
-            from grace.models.tiny import write_tiny_model
-
-            directory = write_tiny_model(Path(scratch) / args.synthetic, args.synthetic)
+        directory = args.directory or synthetic(args.synthetic, Path(scratch))
         server, port = start_server([str(directory), "--max-batch", str(args.max_batch)])
         try:
             request = body(args.tokens, args.pixels)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from grace.arguments import add, byte_size, integer, number
+from grace.cli_runtime import HEADS
 from grace.errors import Parser
 
 # Copy of grace.runtime.serve.other_engines.ENGINES with our own: importing that costs seconds.
@@ -52,6 +53,12 @@ def add_serve(commands: "argparse._SubParsersAction[Parser]", kernels: Sequence[
     running = parser.add_argument_group("running")
     running.add_argument(
         "--kernel", choices=kernels, default="auto", help="for packed layers; default: %(default)s"
+    )
+    running.add_argument(
+        "--head",
+        choices=HEADS,
+        default="bf16",
+        help="the output layer, rounded while loading; default: %(default)s",
     )
     running.add_argument("--device", metavar="NAME", help="cpu, cuda or cuda:1; default: cpu")
     running.add_argument("--access-log", action="store_true", help="a line on stderr for every request")

@@ -26,9 +26,9 @@ from torch import Tensor
 
 from grace.data.template import Sample
 from grace.runtime.serve.app import create_app
-from grace.runtime.serve.command import bind
 from grace.runtime.serve.connection import Connection
 from grace.runtime.serve.images import ImageRules
+from grace.runtime.serve.listener import bind
 from grace.runtime.serve.service import Limits, Service
 
 
@@ -53,7 +53,10 @@ class MadeUpDecoder:
         self.gate = threading.Event()
         self.gate.set()
 
-    def prefill(self, row: int, sample: Sample) -> Tensor:
+    def look(self, samples: Sequence[Sample]) -> list[None]:
+        return [None] * len(samples)
+
+    def prefill(self, row: int, sample: Sample, seen: None) -> Tensor:
         assert row not in self._prompts, f"row {row} is taken"
         prompt = sample.input_ids_L.tolist()
         if self.broken.intersection(prompt):
@@ -97,10 +100,10 @@ def service_for(
 
 
 @contextlib.contextmanager
-def live(service: Service, key: str | None = None) -> Iterator[str]:
+def live(service: Service, key: str | None = None, local: bool = False) -> Iterator[str]:
     """Runs a service on a free port of this machine; yields its URL."""
     config = uvicorn.Config(
-        create_app(service, key),
+        create_app(service, key, local),
         http=Connection,
         ws="none",
         lifespan="on",

@@ -53,7 +53,7 @@ def library() -> ctypes.CDLL:
         raise OSError("gcc is not installed")
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=60).stdout
     parts = [*(source.read_bytes() for source in _SOURCES), version, " ".join(_FLAGS).encode()]
-    path = _folder() / f"cpu-kernels-{hashlib.sha256(b''.join(parts)).hexdigest()[:16]}.so"
+    path = cache_folder() / f"cpu-kernels-{hashlib.sha256(b''.join(parts)).hexdigest()[:16]}.so"
     if not path.is_file():
         with new_file(path) as scratch:
             command = [compiler, *_FLAGS, "-o", str(scratch), *map(str, _SOURCES), "-lm"]
@@ -63,7 +63,7 @@ def library() -> ctypes.CDLL:
     return ctypes.CDLL(str(path))
 
 
-def _folder() -> Path:
+def cache_folder() -> Path:
     """Where compiled kernels are kept; a folder of this process alone where that cannot be written."""
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     folder = Path(os.environ.get("GRACE_CACHE") or Path(home) / "grace")

@@ -71,7 +71,7 @@ def run_chat(engine: Engine, args: argparse.Namespace, sampling: Sampling) -> in
                 chat.reset()
             elif command == "/image":
                 chat.waiting += [load_picture(name) for name in rest]
-                print(f"{len(chat.waiting)} pictures go with the next message", file=sys.stderr)
+                print(f"pictures for the next message: {len(chat.waiting)}", file=sys.stderr)
             else:
                 _print_answer(chat, line)
         except UserError as error:
@@ -94,7 +94,8 @@ def _print_answer(chat: Chat, line: str) -> None:
 def _next_line() -> str | None:
     """The next line of input; None at its end."""
     if not sys.stdin.isatty():
-        return sys.stdin.readline() or None
+        line = sys.stdin.readline()
+        return line.rstrip("\n") if line else None
     try:
         print("> ", end="", file=sys.stderr, flush=True)
         return input()

@@ -3,14 +3,15 @@
 The forward pass is our own, over the weights of `grace.models.decoder_parts`: few operations per layer, fused
 projections, no masks over the square of the context. Pictures go through the library's vision tower.
 
-Shape suffixes: T tokens, R rows decoded together, Z queries, keys and values side by side, B rows of the cache up to the last of them, D hidden width,
-H query heads, K key/value heads, G query heads per key/value head, S head size, F rotary frequencies (= S / 2),
-C context, V vocabulary, N visual tokens.
+Shape suffixes: T tokens, R rows decoded together, B rows of the cache up to the last of them, D hidden width,
+Z queries, keys and values side by side, H query heads, K key/value heads, S head size, F rotary frequencies
+(= S / 2), C context, V vocabulary, N visual tokens.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
+import numpy
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,9 +23,14 @@ from grace.models.decoder_parts import DecoderParts, decoder_parts, visual_featu
 from grace.runtime.fused_linear import FusedLinear
 from grace.runtime.head import Head
 from grace.runtime.layer_math import layer_math
+from grace.runtime.row_attention import Attend, row_attention
 
-Attend = Callable[[int, Tensor], Tensor]
-"""Layer and queries [T, H, S] to [T, H * S]; keys and values are in the cache by then."""
+
+class Seen(NamedTuple):
+    """A prompt's pictures after the vision tower: what stands for their tokens, and the deepstack features."""
+
+    features_ND: Tensor
+    deep_ND: list[Tensor]
 
 
 class Layer:
@@ -79,8 +85,9 @@ class Decoder:
         self.rows, self.context = rows or self.rows, context or self.context
         # One place more than the context: where rows that only fill up a batch write.
         shape = (len(self.layers), self.rows, self.parts.kv_heads, self.context + 1, self.parts.head_size)
-        self.keys_LRKCS = torch.empty(shape, dtype=self.dtype, device=self.device)
-        self.values_LRKCS = torch.empty(shape, dtype=self.dtype, device=self.device)
+        # Not empty: what is masked still takes part, as zero times something that must be finite.
+        self.keys_LRKCS = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        self.values_LRKCS = torch.zeros(shape, dtype=self.dtype, device=self.device)
         self._lengths = [0] * self.rows
         self._offsets = [0] * self.rows  # of the rotary position from the place in the cache
 
@@ -93,8 +100,25 @@ class Decoder:
         self._lengths[row] = self._offsets[row] = 0
 
     @torch.inference_mode()
-    def prefill(self, row: int, sample: Sample) -> Tensor:
+    def look(self, samples: Sequence[Sample]) -> list[Seen | None]:
+        """The pictures of several prompts, in one pass of the vision tower; None for a prompt without any."""
+        pixels = [one.pixel_values_PD for one in samples if one.pixel_values_PD is not None]
+        grids = [one.image_grid_thw_N3 for one in samples if one.image_grid_thw_N3 is not None]
+        if not pixels:
+            return [None for _ in samples]
+        seen_ND, deep_ND = visual_features(
+            self.model, torch.cat(pixels).to(self.device), torch.cat(grids).to(self.device)
+        )
+        sizes = [int((one.mm_token_type_ids_L == IMAGE_TOKEN_TYPE).sum()) for one in samples]
+        parts = zip(seen_ND.split(sizes), *(deep.split(sizes) for deep in deep_ND), strict=True)
+        return [Seen(seen, deep) if len(seen) else None for seen, *deep in parts]
+
+    @torch.inference_mode()
+    def prefill(self, row: int, sample: Sample, seen: Seen | None = None) -> Tensor:
         """Reads a prompt with its pictures into a row, over what was there.
+
+        Args:
+            seen: what `look` gave for this prompt; None looks at its pictures now.
 
         Returns:
             fp32 logits [V] of the token that follows.
@@ -112,7 +136,7 @@ class Decoder:
         positions_3T = positions_3L(sample, self.parts.merge_size)
         ids_T = sample.input_ids_L.to(self.device)
         x_TD = F.embedding(ids_T, self.parts.embed_VD)
-        deep_ND, visual_T = self._put_pictures(x_TD, sample)
+        deep_ND, visual_T = self._put_pictures(x_TD, sample, seen)
         cos_TS, sin_TS = (part_T1S[:, 0] for part_T1S in self._rotation(positions_3T.to(self.device)))
 
         def attend(layer: int, q_THS: Tensor) -> Tensor:
@@ -171,16 +195,7 @@ class Decoder:
         turns_3R = torch.tensor(turns, device=self.device).expand(3, -1)
         cos_RS, sin_RS = (part_R1S[:, 0] for part_R1S in self._rotation(turns_3R))
 
-        def attend(layer: int, q_RHS: Tensor) -> Tensor:
-            keys, values = self.keys_LRKCS[layer], self.values_LRKCS[layer]
-            found = []
-            for index, (row, length) in enumerate(zip(rows, lengths, strict=True)):
-                k_KCS, v_KCS = keys[row : row + 1, :, : length + 1], values[row : row + 1, :, : length + 1]
-                # The query heads that share a key head stand where a sequence of queries would.
-                q_KGS = q_RHS[index].view(1, self.parts.kv_heads, -1, self.parts.head_size)
-                found.append(F.scaled_dot_product_attention(q_KGS, k_KCS, v_KCS).reshape(1, -1))
-            return found[0] if len(found) == 1 else torch.cat(found)
-
+        attend = row_attention(self.keys_LRKCS, self.values_LRKCS, rows, lengths)
         rows_R, places_R = (torch.tensor(numbers, device=self.device) for numbers in (rows, lengths))
         return self._logits(self._layers(x_RD, cos_RS, sin_RS, rows_R, places_R, attend))
 
@@ -222,12 +237,22 @@ class Decoder:
         cos_TS, sin_TS = (part.to(self.dtype)[:, None] for part in both)
         return cos_TS, sin_TS
 
-    def _put_pictures(self, x_TD: Tensor, sample: Sample) -> tuple[list[Tensor], Tensor | None]:
+    def _put_pictures(
+        self, x_TD: Tensor, sample: Sample, seen: Seen | None
+    ) -> tuple[list[Tensor], Tensor | None]:
         """Replaces image tokens' embeddings in place; the deepstack features and where they belong."""
-        if sample.pixel_values_PD is None or sample.image_grid_thw_N3 is None:
+        if seen is None:
+            (seen,) = self.look([sample])
+        if seen is None:
             return [], None
-        pixels, grid = sample.pixel_values_PD.to(self.device), sample.image_grid_thw_N3.to(self.device)
-        seen_ND, deep_ND = visual_features(self.model, pixels, grid)
         visual_T = (sample.mm_token_type_ids_L == IMAGE_TOKEN_TYPE).to(self.device)
-        x_TD[visual_T] = seen_ND.to(x_TD.dtype)
-        return deep_ND, visual_T
+        x_TD[visual_T] = seen.features_ND.to(x_TD.dtype)
+        return seen.deep_ND, visual_T
+
+
+def _blank(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros: what is masked must be finite. On the CPU no memory is taken before it is written to."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    count = torch.Size(shape).numel() * dtype.itemsize
+    return torch.from_numpy(numpy.zeros(count, dtype=numpy.uint8)).view(dtype).view(shape)

@@ -84,6 +84,8 @@ class _Bucket:
 class GraphDecoder(Decoder):
     """A `Decoder` whose steps are replayed graphs over fused kernels.
 
+    A graph keeps the kernels that it was captured with: choose them (`set_kernel`) before.
+
     Args:
         capture: how a step is captured; None is a CUDA graph.
 

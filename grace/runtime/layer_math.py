@@ -83,8 +83,19 @@ class CompiledMath:
     def add_norm(self, x_TD: Tensor, delta_TD: Tensor | None, weight_D: Tensor) -> tuple[Tensor, Tensor]:
         return x_TD, layer_cpu.add_norm(x_TD, delta_TD, weight_D, self.epsilon)
 
-    def rotate(self, *tensors: Tensor) -> Tensor:
-        return layer_cpu.rotate(*tensors, self.epsilon)  # type: ignore[arg-type]
+    def rotate(
+        self,
+        qkv_TZ: Tensor,
+        weight_XS: Tensor,
+        cos_TS: Tensor,
+        sin_TS: Tensor,
+        keys_RKCS: Tensor,
+        values_RKCS: Tensor,
+        rows_T: Tensor,
+        places_T: Tensor,
+    ) -> Tensor:
+        caches = keys_RKCS, values_RKCS
+        return layer_cpu.rotate(qkv_TZ, weight_XS, cos_TS, sin_TS, *caches, rows_T, places_T, self.epsilon)
 
     def gate(self, both_TJ: Tensor) -> Tensor:
         return layer_cpu.gate(both_TJ)

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from grace.kernels import marlin, registry
-from grace.kernels.registry import ATEN_MAX_TOKENS, KERNELS, NAMES, Shape, choose, describe
+from grace.kernels.crossover import DEFAULT_TOKENS
+from grace.kernels.registry import KERNELS, NAMES, Shape, choose, describe
 
 SHAPE = Shape(256, 48, 128)
 CPU, CUDA, META = (torch.device(kind) for kind in ("cpu", "cuda", "meta"))
@@ -27,7 +28,7 @@ def test_names():
     ("shape", "x", "kernel", "reason"),
     [
         (SHAPE, activations(), "aten", "fused"),
-        (SHAPE, activations(ATEN_MAX_TOKENS + 1), "dequant", "from 129 on the dense product is faster"),
+        (SHAPE, activations(DEFAULT_TOKENS + 1), "dequant", "from 129 on the dense product is faster"),
         (SHAPE, activations(dtype=torch.float16), "dequant", "bfloat16 only"),
         (Shape(256, 24, 128), activations(), "dequant", "divisible by 16"),
         (SHAPE, activations(device="cuda"), "triton", "fused"),

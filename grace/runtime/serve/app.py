@@ -15,6 +15,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from grace.runtime.serve.answers import ChatWriter, CompletionWriter, Writer
 from grace.runtime.serve.errors import ApiError
+from grace.runtime.serve.listener import is_loopback
 from grace.runtime.serve.page import load_page
 from grace.runtime.serve.schema import Request as Wanted
 from grace.runtime.serve.schema import read_chat, read_completion
@@ -25,11 +26,12 @@ T = TypeVar("T")
 _PATHS = {"/", "/health", "/metrics", "/v1/models", "/v1/chat/completions", "/v1/completions"}
 
 
-def create_app(service: Service, key: str | None = None) -> FastAPI:
+def create_app(service: Service, key: str | None = None, local: bool = False) -> FastAPI:
     """The application.
 
     Args:
         key: what clients must send as `Authorization: Bearer KEY`, except to `/` and `/health`.
+        local: only this machine can reach it, and it relies on that.
     """
 
     @contextlib.asynccontextmanager
@@ -43,7 +45,7 @@ def create_app(service: Service, key: str | None = None) -> FastAPI:
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Exception, _our_fault)
     _add_pages(app, service)
-    _add_endpoints(app, service, [Depends(_key_check(key)), Depends(_no_foreign_page)])
+    _add_endpoints(app, service, [Depends(_key_check(key)), Depends(_page_check(local))])
     app.add_middleware(_Observed, service=service)
     return app
 
@@ -66,8 +68,8 @@ def _add_pages(app: FastAPI, service: Service) -> None:
 
     @app.get("/health")
     async def health() -> Response:
-        well = service.scheduler.alive and not service.stopping
-        return JSONResponse({"status": "ok" if well else "stopping"}, 200 if well else 503)
+        status = "stopping" if service.stopping else "ok" if service.scheduler.well else "failing"
+        return JSONResponse({"status": status}, 200 if status == "ok" else 503)
 
 
 def _add_endpoints(app: FastAPI, service: Service, guards: Sequence[Any]) -> None:
@@ -244,12 +246,23 @@ def _key_check(key: str | None) -> Any:
     return check
 
 
-async def _no_foreign_page(request: Request) -> None:
-    """A page of another site can make a browser post here, but not as JSON without asking first."""
-    if request.method == "POST" and "origin" in request.headers:
+def _page_check(local: bool) -> Any:
+    """Keeps pages of other sites from using this server through a visitor's browser."""
+
+    async def check(request: Request) -> None:
+        if request.method != "POST" or "origin" not in request.headers:
+            return  # not from a page
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if kind != "application/json":
+        if kind != "application/json":  # which a browser does not send elsewhere without asking first
             raise ApiError(415, "send the body as application/json", code="unsupported_media_type")
+        if local and not is_loopback(
+            request.url.hostname or ""
+        ):  # a foreign name that was made to point here
+            raise ApiError(
+                403, "this server is for pages of this machine: set GRACE_API_KEY to use it by a name"
+            )
+
+    return check
 
 
 class _Observed:

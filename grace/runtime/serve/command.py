@@ -2,8 +2,6 @@
 
 import argparse
 import asyncio
-import errno
-import ipaddress
 import logging
 import os
 import resource
@@ -18,11 +16,11 @@ from grace.errors import UserError
 from grace.runtime.serve.app import create_app
 from grace.runtime.serve.connection import Connection
 from grace.runtime.serve.images import ImageRules
+from grace.runtime.serve.listener import bind, is_loopback
 from grace.runtime.serve.service import Limits, Service
 
 MAX_BATCH, CONTEXT = 16, 4096
 GRACE_SECONDS = 10.0  # for running answers after SIGTERM
-_BACKLOG = 2048
 
 
 def run_serve(args: argparse.Namespace) -> int:
@@ -46,7 +44,8 @@ def run_serve(args: argparse.Namespace) -> int:
         if key is None and not is_loopback(args.host):
             print(f"warning: {url} is open to everybody who can reach it: set GRACE_API_KEY", file=sys.stderr)
         print(f"{service.name} at {url} (OpenAI API: {url}/v1)", file=sys.stderr, flush=True)
-        serve(service, listener, key, access_log=args.access_log)
+        local = key is None and is_loopback(args.host)
+        serve(service, listener, key, local, access_log=args.access_log)
     return 0
 
 
@@ -62,49 +61,16 @@ def api_key() -> str | None:
     return key
 
 
-def bind(host: str, port: int) -> socket.socket:
-    """A socket that listens.
-
-    Raises:
-        UserError: the port is taken or not allowed, or the host is not this machine's.
-    """
-    if port > 65535:  # the resolver would take the rest of a division
-        raise UserError(f"--port {port} is no port: the largest is 65535")
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        listener = socket.socket(family, kind, protocol)
-    except OSError as error:
-        raise UserError(f"--host {host} is not known ({error}): give an address of this machine") from error
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen(_BACKLOG)
-    except OSError as error:
-        listener.close()
-        if error.errno == errno.EADDRINUSE:
-            raise UserError(f"port {port} of {host} is in use: choose another --port") from error
-        raise UserError(
-            f"cannot listen on {host} port {port} ({error.strerror}): choose another --host or --port"
-        ) from error
-    return listener
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach an address."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
 def serve(
-    service: Service, listener: socket.socket, key: str | None = None, access_log: bool = False
+    service: Service, listener: socket.socket, key: str | None, local: bool, access_log: bool = False
 ) -> None:
-    """Answers requests until SIGTERM or SIGINT; then those that are being answered have `GRACE_SECONDS`."""
+    """Answers requests until SIGTERM or SIGINT; then those that are being answered have `GRACE_SECONDS`.
+
+    Args:
+        key, local: see `create_app`.
+    """
     config = uvicorn.Config(
-        create_app(service, key),
+        create_app(service, key, local),
         http=Connection,
         ws="none",
         loop="asyncio",
@@ -154,7 +120,9 @@ def _load(args: argparse.Namespace) -> Service:
     rows, context = args.max_batch or MAX_BATCH, args.context or CONTEXT
     device = None if args.device is None else _device(args.device)
     try:
-        engine = load(args.directory, kernel=args.kernel, context=context, rows=rows, device=device)
+        engine = load(
+            args.directory, kernel=args.kernel, context=context, rows=rows, device=device, head=args.head
+        )
     except (RuntimeError, MemoryError) as error:
         if "alloc" not in str(error) and "memory" not in str(error):
             raise
@@ -171,7 +139,9 @@ def _load(args: argparse.Namespace) -> Service:
         seconds=args.request_timeout or defaults.seconds,
         pixels=args.max_pixels,
     )
-    return Service(engine, name, weight_bytes(engine.model), limits, rules)
+    head = engine.decoder.head
+    weights = weight_bytes(engine.model) + (0 if head.kind == "bf16" else head.weight_bytes())
+    return Service(engine, name, weights, limits, rules)
 
 
 def _device(name: str) -> Any:

@@ -42,7 +42,11 @@ class Connection(H11Protocol):
     def on_response_complete(self) -> None:
         super().on_response_complete()
         if self.conn.their_state is h11.SEND_BODY:
-            self.loop.call_later(REST_SECONDS, self.transport.abort)
+            self.loop.call_later(REST_SECONDS, self._give_up, self.cycle)
+
+    def _give_up(self, cycle: Any) -> None:
+        if self.cycle is cycle and self.conn.their_state is h11.SEND_BODY:
+            self.transport.abort()
 
     def pause_writing(self) -> None:
         super().pause_writing()

@@ -11,7 +11,7 @@ from grace.errors import UserError
 ENGINES = ("vllm", "sglang")
 # Options that only our own engine has, with their defaults.
 _OURS = {
-    "kernel": "auto", "head": None, "max_queue": None, "max_body": None, "request_timeout": None, "max_pixels": None,
+    "kernel": "auto", "head": "bf16", "max_queue": None, "max_body": None, "request_timeout": None, "max_pixels": None,
     "allow_urls": False, "device": None,
 }  # fmt: skip
 

@@ -5,13 +5,14 @@ tokens at a time, so that who is being answered does not wait long for who arriv
 batch per step through `deliver`, which must not block.
 """
 
+import heapq
 import logging
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -25,6 +26,7 @@ from grace.runtime.text_stream import TextStream
 
 log = logging.getLogger("grace.serve")
 
+FAILED_STEPS = 3  # in a row: the server is not well
 PREFILL_TOKENS = 1024  # read between two decoding steps; a longer prompt goes alone
 
 
@@ -33,7 +35,8 @@ class Rows(Protocol):
 
     rows: int
 
-    def prefill(self, row: int, sample: Sample) -> Tensor: ...
+    def look(self, samples: Sequence[Sample]) -> Sequence[Any]: ...
+    def prefill(self, row: int, sample: Sample, seen: Any) -> Tensor: ...
     def decode(self, rows: Sequence[int], tokens: Sequence[int]) -> Tensor: ...
     def release(self, row: int) -> None: ...
 
@@ -109,6 +112,7 @@ class Scheduler:
         self._outputs: list[tuple[Job, Output]] = []
         self._wake = threading.Condition()
         self._refuses = self._stops = False
+        self._failed_steps = 0  # in a row
         self._thread = threading.Thread(target=self._run, name="grace-scheduler", daemon=True)
 
     def start(self) -> None:
@@ -119,6 +123,11 @@ class Scheduler:
     def alive(self) -> bool:
         """Whether the thread runs."""
         return self._thread.is_alive()
+
+    @property
+    def well(self) -> bool:
+        """Whether it answers: it runs, and its last steps did not all fail, as they do on a lost device."""
+        return self.alive and self._failed_steps < FAILED_STEPS
 
     def submit(self, jobs: Sequence[Job]) -> None:
         """Queues jobs, in order.
@@ -190,42 +199,58 @@ class Scheduler:
 
     def _admit(self) -> None:
         """Reads prompts into free rows until the tokens of one turn are used up."""
+        jobs: list[Job] = []
         budget = PREFILL_TOKENS
-        while self._free and budget > 0:
-            with self._wake:
-                job = self._waiting.popleft() if self._waiting else None
-            if job is None:
-                break
-            job.row = self._free.pop()
-            self._running.append(job)
-            start = time.monotonic()
+        with self._wake:
+            while self._waiting and len(jobs) < len(self._free) and budget > 0:
+                jobs.append(self._waiting.popleft())
+                budget -= len(jobs[-1].sample.input_ids_L)
+            self._metrics.queued.set(len(self._waiting))
+        start = time.monotonic()
+        for job, seen in zip(jobs, self._look(jobs), strict=True):
             self._metrics.queue_seconds.observe(start - job.submitted)
-            try:
-                logits_V = self._decoder.prefill(job.row, job.sample)
-                job.sample = replace(job.sample, pixel_values_PD=None)  # they are read, and large
-                self._advance(job, logits_V)
-            except Exception as error:  # noqa: BLE001 - one prompt's failure is not the others'
-                self._fail([job], error)
-            else:
-                now = time.monotonic()
-                self._metrics.prefill_seconds.observe(now - start)
-                self._metrics.first_token_seconds.observe(now - job.submitted)
-                self._metrics.prompt_tokens.inc(len(job.sample.input_ids_L))
-            budget -= len(job.sample.input_ids_L)
-        self._metrics.queued.set(len(self._waiting))
+            self._read(job, seen)
         self._metrics.running.set(len(self._running))
+
+    def _look(self, jobs: list[Job]) -> Sequence[Any]:
+        """The pictures of several prompts at once; each prompt looks for itself where that fails, to fail alone."""
+        if len(jobs) > 1 and any(job.sample.pixel_values_PD is not None for job in jobs):
+            try:
+                return self._decoder.look([job.sample for job in jobs])
+            except Exception as error:
+                log.warning("pictures are looked at one by one", exc_info=error)
+        return [None] * len(jobs)
+
+    def _read(self, job: Job, seen: Any) -> None:
+        """One prompt into a row, up to its first token."""
+        job.row = heapq.heappop(self._free)  # the lowest: rows side by side are decoded in one piece
+        self._running.append(job)
+        start = time.monotonic()
+        try:
+            logits_V = self._decoder.prefill(job.row, job.sample, seen)
+            job.sample = replace(job.sample, pixel_values_PD=None)  # they are read, and large
+            self._advance(job, logits_V)
+        except Exception as error:  # noqa: BLE001 - one prompt's failure is not the others'
+            self._fail([job], error)
+            return
+        now = time.monotonic()
+        self._metrics.prefill_seconds.observe(now - start)
+        self._metrics.first_token_seconds.observe(now - job.submitted)
+        self._metrics.prompt_tokens.inc(len(job.sample.input_ids_L))
 
     def _step(self) -> None:
         """One token for every running answer."""
         if not self._running:
             return
-        jobs = [*self._running]
+        jobs = sorted(self._running, key=lambda job: job.row)
         start = time.monotonic()
         try:
             logits_RV = self._decoder.decode([job.row for job in jobs], [job.token for job in jobs])
         except Exception as error:  # noqa: BLE001 - the answers are lost, the server is not
+            self._failed_steps += not isinstance(error, UserError)
             self._fail(jobs, error)
             return
+        self._failed_steps = 0
         best = logits_RV.argmax(-1).tolist() if any(job.greedy for job in jobs) else []  # one call for all
         for index, job in enumerate(jobs):
             try:
@@ -245,7 +270,6 @@ class Scheduler:
             job.adjustments.count(token)
         known = None if job.likeliest is None else alternatives(logits_V, token, job.likeliest)
         text = job.stream.push(token)
-        self._metrics.generated_tokens.inc()
         finish = job.stream.finish_reason
         self._outputs.append((job, Output(text, len(job.stream.tokens), known, finish)))
         if finish:
@@ -255,7 +279,7 @@ class Scheduler:
     def _leave(self, job: Job) -> None:
         self._running.remove(job)
         self._decoder.release(job.row)
-        self._free.append(job.row)
+        heapq.heappush(self._free, job.row)
 
     def _fail(self, jobs: list[Job], error: Exception) -> None:
         if isinstance(error, UserError):  # what the decoder says of a prompt
@@ -270,6 +294,7 @@ class Scheduler:
     def _flush(self) -> None:
         outputs, self._outputs = self._outputs, []
         if outputs:
+            self._metrics.generated_tokens.inc(sum(output.error is None for _, output in outputs))
             self._deliver(outputs)
 
 

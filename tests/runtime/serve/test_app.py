@@ -290,6 +290,19 @@ def test_a_foreign_page_cannot_post(url):
     assert "access-control-allow-origin" not in response.headers
 
 
+def test_a_foreign_name_that_points_here_is_no_way_in(processor):
+    page = {"Origin": "http://evil.example:8000", "Host": "evil.example:8000"}
+    with live(service_for(MadeUpDecoder(), processor), local=True) as url:
+        assert_refused(chat(url, question(), headers=page), 403)
+        for host in ("localhost:8000", "127.0.0.1:8000", "[::1]:8000"):
+            assert (
+                chat(url, question(), headers={"Origin": f"http://{host}", "Host": host}).status_code == 200
+            )
+        assert chat(url, question(), headers={"Host": "proxy.example"}).status_code == 200  # no page
+    with live(service_for(MadeUpDecoder(), processor), key="sesame") as url:
+        assert chat(url, question(), headers=page | {"Authorization": "Bearer sesame"}).status_code == 200
+
+
 # ---------------------------------------------------------------- hostile requests
 
 
@@ -402,7 +415,7 @@ def test_a_large_picture_is_scaled_down_to_half_the_context(processor):
     roomy = copy.deepcopy(processor)
     roomy.image_processor.size = {"shortest_edge": 1024, "longest_edge": 2**24}
     body = question(with_picture(data_url(picture(size=(900, 900)))))  # 784 tokens as it is
-    for limits, tokens in ((Limits(), 225), (Limits(pixels=64 * 64), 4)):
+    for limits, tokens in ((Limits(), 256), (Limits(pixels=64 * 64), 4)):
         decoder = MadeUpDecoder(context=512)
         with live(service_for(decoder, roomy, limits)) as url:
             assert chat(url, body).status_code == 200
@@ -570,6 +583,19 @@ def test_requests_that_take_too_long_and_prompts_that_fail(processor):
         assert_refused(chat(url, question(stream=True)), 500)  # before the first token: no stream
         decoder.broken = set()
         assert chat(url, question()).status_code == 200
+
+
+def test_a_lost_device_shows_in_health(processor, monkeypatch):
+    decoder = MadeUpDecoder(rows=1)
+    decode = decoder.decode
+    with live(service_for(decoder, processor)) as url:
+        monkeypatch.setattr(decoder, "decode", lambda *_: 1 / 0)
+        for number in range(3):
+            assert get(url, "/health").status_code == 200, number
+            assert_refused(chat(url, question()), 500)
+        assert get(url, "/health").json() == {"status": "failing"} and get(url, "/health").status_code == 503
+        monkeypatch.setattr(decoder, "decode", decode)
+        assert chat(url, question()).status_code == 200 and get(url, "/health").status_code == 200
 
 
 def test_an_error_in_mid_stream_is_an_event(processor):
