@@ -143,6 +143,8 @@ def _zero_points(name: str, scales_OG: Tensor, biases_OG: Tensor, bits: int) -> 
     Raises:
         ValueError: there are none.
     """
+    if not bool((scales_OG > 0).all()):
+        return None  # refused as scales, whatever the biases
     scales_OG, biases_OG = scales_OG.double(), biases_OG.double()
     half = 2 ** (bits - 1)
     zeros_OG = whole(-biases_OG / scales_OG)  # the exact quotient where there is one

@@ -100,6 +100,7 @@ def export_run(
             reference = Reference(
                 opened, parity_records(opened, validation_records, image_root, Path(scraps))
             )
+        qat.require_consistent(opened)
         written = publish(fits, out, reference, max_shard_bytes, card)
     return {"source": str(source), "kind": opened.kind, "formats": written}
 

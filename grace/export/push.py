@@ -15,7 +15,10 @@ from typing import Any
 
 import yaml
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, get_token
-from huggingface_hub.errors import HFValidationError, HTTPError
+from huggingface_hub.errors import (
+    HFValidationError,
+    HTTPError,  # pyright: ignore[reportPrivateImportUsage] - of the HTTP library that this version is built on
+)
 from huggingface_hub.utils import validate_repo_id
 
 from grace.errors import UserError

@@ -15,6 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from grace.checked_files import MEND
 from grace.checkpoint import FORMAT_VERSION, QAT_FOLDER, QAT_TENSORS, QuantizedWeight, copy_verbatim_files
 from grace.errors import UserError
 from grace.export.contents import OWN, ROUNDED, Source, modules_of
@@ -122,21 +123,25 @@ def check(source: Source, directory: Path, stored: Mapping[str, QuantizedWeight]
 
     Raises:
         RuntimeError: something differs.
-        UserError: a trained checkpoint whose own weights are not scale * code.
     """
     written = Weights(directory)
     for name, weight in source.qat.modules.items():
         again = stored[name]
-        same = torch.equal(again.codes_OI, weight.codes_OI) and torch.equal(
-            again.scales_OG.float(), weight.scales_OG.float()
-        )
-        if not same:
+        codes = torch.equal(again.codes_OI, weight.codes_OI)
+        if not codes or not torch.equal(again.scales_OG.float(), weight.scales_OG.float()):
             raise RuntimeError(f"parity: {name} was not written as it was; nothing was published")
-        expected_OI = dequantize(weight.codes_OI, weight.scales_OG, source.qat.group_size)
+        expected_OI = _wide(source.qat.group_size, weight)
         if not torch.equal(written.read(f"{name}.weight").float(), expected_OI):
-            if source.kind == OWN:
-                raise UserError(
-                    f"{source.directory} is damaged (the weights of {name} are not scale * code): train again"
-                )
             raise RuntimeError(f"parity: the weights of {name} are not scale * code; nothing was published")
     return {"codes_identical": True, "weights_identical": True, "modules": len(source.qat.modules)}
+
+
+def require_consistent(source: Source) -> None:
+    """Raises `UserError` if the weights of a QAT checkpoint are not those of its codes and scales."""
+    for name, weight in source.qat.modules.items() if source.kind == OWN else ():
+        if not torch.equal(
+            source.weights.read(f"{name}.weight").float(), _wide(source.qat.group_size, weight)
+        ):
+            raise UserError(
+                f"{source.directory} is damaged (the weights of {name} are not scale * code): {MEND}"
+            )

@@ -8,8 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from grace.checked_files import MEND, damage_of, require_regular, shown
-from grace.checkpoint import QAT_FOLDER, QAT_TENSORS, QatState, is_qat, read_qat_info, read_weight
+from grace.checkpoint import QAT_FOLDER, QAT_TENSORS, QatState, is_qat, read_qat_info
 from grace.errors import UserError
 from grace.export import awq, compressed_tensors, mlx, reference_qat
 from grace.export.awq import AWQ_MODULES
@@ -129,6 +131,8 @@ def _read_own(directory: Path, config: Mapping[str, Any]) -> Source:
         file = TensorFile(directory / QAT_FOLDER / QAT_TENSORS)
         weights = Weights(directory)
         shapes: dict[str, Any] = {name: file.shapes[f"{name}.codes"] for name in info["modules"]}
+        if any(file.dtypes[f"{name}.scales"] != torch.bfloat16 for name in shapes):
+            raise ValueError(f"{QAT_TENSORS} holds scales that are not bfloat16")
         require_group_size(group_size, shapes)
     if not shapes:
         raise UserError(f"{directory} lists no quantized modules: train with quant.bits set")
@@ -138,10 +142,12 @@ def _read_own(directory: Path, config: Mapping[str, Any]) -> Source:
                 f"{directory} is inconsistent: its weights and grace_qat disagree on {shown(name)}: {MEND}"
             )
 
-    def codes(name: str) -> Any:
-        return read_weight(file.read, name, bits, group_size).codes_OI
-
     modules = Modules(
-        directory, shapes, bits, group_size, codes, lambda name: (file.read(f"{name}.scales"), None)
+        directory,
+        shapes,
+        bits,
+        group_size,
+        lambda name: file.read(f"{name}.codes"),
+        lambda name: (file.read(f"{name}.scales"), None),
     )
     return Source(directory, QatState(bits, group_size, modules, info), config, weights)
