@@ -224,7 +224,10 @@ def weight_files(directory: Path) -> dict[str, dict[str, StoredTensor]]:
         DamagedFile: a damaged file, an index that leads elsewhere or does not describe the files beside it.
         OSError: a file is not there or cannot be read.
     """
-    if os.path.lexists(directory / WEIGHTS) or not os.path.lexists(directory / INDEX):
+    whole, index = os.path.lexists(directory / WEIGHTS), os.path.lexists(directory / INDEX)
+    if not whole and not index:
+        raise DamagedFile(f"it has no {WEIGHTS}")
+    if whole:
         return {WEIGHTS: safetensors_header(directory / WEIGHTS)}
     listed = read_json(directory / INDEX, HEADER_LIMIT).get("weight_map")
     if (

@@ -143,7 +143,7 @@ def _zero_points(name: str, scales_OG: Tensor, biases_OG: Tensor, bits: int) -> 
     Raises:
         ValueError: there are none.
     """
-    if not bool((scales_OG > 0).all()):
+    if not bool(((scales_OG > 0) & scales_OG.isfinite()).all()):
         return None  # refused as scales, whatever the biases
     scales_OG, biases_OG = scales_OG.double(), biases_OG.double()
     half = 2 ** (bits - 1)

@@ -92,7 +92,9 @@ def _records(path: Path) -> dict[int, int]:
                     raise DamagedFile(f"{path.name} is not what torch.save writes")
                 _require_tensors_only(path, archive.read(pickles[0]))
                 return {_start(file, entry): entry.file_size for entry in entries}
-        except (zipfile.BadZipFile, NotImplementedError, struct.error, RuntimeError) as error:
+        except DamagedFile:
+            raise
+        except (zipfile.BadZipFile, OSError, ValueError, EOFError, RuntimeError, struct.error) as error:
             raise DamagedFile(f"{path.name} is not what torch.save writes ({reason_of(error)})") from error
 
 

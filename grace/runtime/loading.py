@@ -96,7 +96,18 @@ def load_model(directory: Path, dtype: torch.dtype | None = None) -> Any:
             raise UserError(
                 f"{directory} is damaged ({fault.replace('_', ' ')}, e.g. {example}): export it again"
             )
+    _require_ends(model, directory)
     return model.eval()
+
+
+def _require_ends(model: Any, directory: Path) -> None:
+    """Raises `UserError` if generation could not stop at the tokens that are said to end it."""
+    stored = model.generation_config.eos_token_id
+    ends = stored if isinstance(stored, list) else [] if stored is None else [stored]
+    if not all(type(end) is int and 0 <= end < model.config.text_config.vocab_size for end in ends):
+        raise UserError(
+            f"{directory}/generation_config.json is damaged (eos_token_id is {shown(stored)}): restore it"
+        )
 
 
 def packed_block(config: Mapping[str, Any], directory: Path) -> dict[str, Any]:

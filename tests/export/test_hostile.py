@@ -181,6 +181,13 @@ def test_an_image_processor_that_cannot_be(directories, tmp_path: Path, case: st
     refused(directory, tmp_path, message)
 
 
+@pytest.mark.parametrize("ends", ["x", [7, "x"], -1, 10**9, [[1]], 1.5])
+def test_tokens_that_end_nothing(directories, tmp_path: Path, ends: object):
+    directory = copied(directories["awq"], tmp_path / "m")
+    replace(directory / "generation_config.json", json.dumps({"eos_token_id": ends}))
+    one_line(load, directory)
+
+
 # ---------------------------------------------------------------- files that are none
 
 
