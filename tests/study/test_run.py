@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from grace.cli import main
 from grace.study.report import BEGIN, END
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -89,20 +90,23 @@ class TestQuickStudy:
         assert "W2, GRACE" in text and (tmp_path / "recipes" / "study" / "bits.png").exists()
         assert len((tmp_path / "benchmarks" / "results" / "study.jsonl").read_text().splitlines()) == 8
 
-    def test_other_sizes_are_refused(self, killed: tuple[Path, dict[str, bytes]]) -> None:
-        refused(study("--out", killed[0]), "--quick")
+    def test_other_sizes_are_refused(self, killed: tuple[Path, dict[str, bytes]], capsys) -> None:
+        refused(capsys, "--quick", "--out", killed[0])
 
 
-def refused(result: subprocess.CompletedProcess[str], told: str) -> None:
-    assert result.returncode == 2 and len(result.stderr.splitlines()) == 1, result.stderr
-    assert told in result.stderr and result.stdout == ""
+def refused(capsys: pytest.CaptureFixture[str], told: str, *arguments: str | Path) -> None:
+    assert main(["study", *map(str, arguments)]) == 2
+    printed = capsys.readouterr()
+    assert told in printed.err and len(printed.err.splitlines()) == 1 and printed.out == ""
 
 
-def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "used").mkdir()
-    (tmp_path / "used" / "mine.txt").write_text("x")
-    refused(study("--quick", "--out", tmp_path / "used"), "holds no study")
-    refused(study("--out", tmp_path / "new", "--only", "mian"), "there is no table 'mian'")
-    refused(study("--out", tmp_path / "new", "--seeds", "99"), "there is data for 8 seeds")
-    refused(study("--out", tmp_path / "new", "--report-only"), "holds no study")
-    assert [path.name for path in (tmp_path / "used").iterdir() if path.name[0] != "."] == ["mine.txt"]
+def test_what_cannot_be_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    used, new = tmp_path / "used", tmp_path / "new"
+    used.mkdir()
+    (used / "mine.txt").write_text("x")
+    refused(capsys, "holds no study", "--quick", "--out", used)
+    refused(capsys, "there is no table 'mian'", "--out", new, "--only", "mian")
+    refused(capsys, "there is data for 8 seeds", "--out", new, "--seeds", "99")
+    refused(capsys, "holds no study", "--out", new, "--report-only")
+    assert [path.name for path in used.iterdir() if path.name[0] != "."] == ["mine.txt"]
+    assert not new.exists()
