@@ -1,7 +1,7 @@
-"""Attention of one decoding step: each row's new token over what its own row of the cache holds.
+"""Attention over the rows of a cache: prompts that are read into it, and a decoding step's new tokens.
 
-Shape suffixes: L layers, R rows decoded together, B rows of the cache from the first of them to the last, H query
-heads, K key/value heads, G query heads per key/value head, C places of the cache, S head size.
+Shape suffixes: L layers, T tokens of several prompts one after the other, R rows decoded together, B rows of the cache from the first of them to the last, H query
+heads, K key/value heads, P tokens of one prompt, G query heads per key/value head, C places of the cache, S head size.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,9 +11,36 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-"""Layer, queries [R, H, S], keys and values [R, K, S] to [R, H * S]."""
+"""Layer, queries [T, H, S], keys and values [T, K, S] to [T, H * S]."""
 
 _WASTE = 2.0  # places computed for each that is needed, up to which one call for all rows is faster
+
+
+def prompt_attention(
+    keys_LRKCS: Tensor, values_LRKCS: Tensor, rows: Sequence[int], sizes: Sequence[int]
+) -> Attend:
+    """Attention of prompts, one after the other, each within itself; it puts their keys and values into rows.
+
+    Args:
+        sizes: tokens of each prompt.
+    """
+
+    def attend(layer: int, q_THS: Tensor, k_TKS: Tensor, v_TKS: Tensor) -> Tensor:
+        found = []
+        for row, q_PHS, k_PKS, v_PKS in zip(
+            rows, *(states.split(list(sizes)) for states in (q_THS, k_TKS, v_TKS)), strict=True
+        ):
+            k_KPS, v_KPS = k_PKS.transpose(0, 1), v_PKS.transpose(0, 1)
+            keys_LRKCS[layer, row, :, : len(k_PKS)] = k_KPS
+            values_LRKCS[layer, row, :, : len(v_PKS)] = v_KPS
+            q_HPS = q_PHS.transpose(0, 1)
+            groups = q_HPS.shape[0] // k_KPS.shape[0]
+            k_HPS, v_HPS = (states.repeat_interleave(groups, 0) for states in (k_KPS, v_KPS))
+            y_HPS = F.scaled_dot_product_attention(q_HPS[None], k_HPS[None], v_HPS[None], is_causal=True)[0]
+            found.append(y_HPS.transpose(0, 1).reshape(len(q_PHS), -1))
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+    return attend
 
 
 def row_attention(
