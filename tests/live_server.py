@@ -53,10 +53,10 @@ class MadeUpDecoder:
         self.gate = threading.Event()
         self.gate.set()
 
-    def look(self, samples: Sequence[Sample]) -> list[None]:
-        return [None] * len(samples)
+    def prefill_all(self, rows: Sequence[int], samples: Sequence[Sample]) -> Tensor:
+        return torch.stack([self._prefill(row, sample) for row, sample in zip(rows, samples, strict=True)])
 
-    def prefill(self, row: int, sample: Sample, seen: None) -> Tensor:
+    def _prefill(self, row: int, sample: Sample) -> Tensor:
         assert row not in self._prompts, f"row {row} is taken"
         prompt = sample.input_ids_L.tolist()
         if self.broken.intersection(prompt):

@@ -9,7 +9,7 @@ Z queries, keys and values side by side, H query heads, K key/value heads, S hea
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy
 import torch
@@ -23,14 +23,7 @@ from grace.models.decoder_parts import DecoderParts, decoder_parts, visual_featu
 from grace.runtime.fused_linear import FusedLinear
 from grace.runtime.head import Head
 from grace.runtime.layer_math import layer_math
-from grace.runtime.row_attention import Attend, row_attention
-
-
-class Seen(NamedTuple):
-    """A prompt's pictures after the vision tower: what stands for their tokens, and the deepstack features."""
-
-    features_ND: Tensor
-    deep_ND: list[Tensor]
+from grace.runtime.row_attention import Attend, prompt_attention, row_attention
 
 
 class Layer:
@@ -99,26 +92,8 @@ class Decoder:
         """Empties a row. What it held is never attended to again."""
         self._lengths[row] = self._offsets[row] = 0
 
-    @torch.inference_mode()
-    def look(self, samples: Sequence[Sample]) -> list[Seen | None]:
-        """The pictures of several prompts, in one pass of the vision tower; None for a prompt without any."""
-        pixels = [one.pixel_values_PD for one in samples if one.pixel_values_PD is not None]
-        grids = [one.image_grid_thw_N3 for one in samples if one.image_grid_thw_N3 is not None]
-        if not pixels:
-            return [None for _ in samples]
-        seen_ND, deep_ND = visual_features(
-            self.model, torch.cat(pixels).to(self.device), torch.cat(grids).to(self.device)
-        )
-        sizes = [int((one.mm_token_type_ids_L == IMAGE_TOKEN_TYPE).sum()) for one in samples]
-        parts = zip(seen_ND.split(sizes), *(deep.split(sizes) for deep in deep_ND), strict=True)
-        return [Seen(seen, deep) if len(seen) else None for seen, *deep in parts]
-
-    @torch.inference_mode()
-    def prefill(self, row: int, sample: Sample, seen: Seen | None = None) -> Tensor:
+    def prefill(self, row: int, sample: Sample) -> Tensor:
         """Reads a prompt with its pictures into a row, over what was there.
-
-        Args:
-            seen: what `look` gave for this prompt; None looks at its pictures now.
 
         Returns:
             fp32 logits [V] of the token that follows.
@@ -126,35 +101,41 @@ class Decoder:
         Raises:
             UserError: the prompt leaves no room in the context.
         """
-        tokens = len(sample.input_ids_L)
-        self.release(row)
-        if tokens > self.context:
+        return self.prefill_all([row], [sample])[0]
+
+    @torch.inference_mode()
+    def prefill_all(self, rows: Sequence[int], samples: Sequence[Sample]) -> Tensor:
+        """Reads several prompts into as many rows, in one pass over the weights.
+
+        Returns:
+            fp32 logits [R, V] of the tokens that follow.
+
+        Raises:
+            UserError: one of the prompts leaves no room in the context.
+        """
+        sizes = [len(sample.input_ids_L) for sample in samples]
+        for row in rows:
+            self.release(row)
+        if max(sizes) > self.context:
             raise UserError(
-                f"the prompt has {tokens} tokens, the context holds {self.context}: "
+                f"the prompt has {max(sizes)} tokens, the context holds {self.context}: "
                 "shorten it, use fewer or smaller pictures, or raise --context"
             )
-        positions_3T = positions_3L(sample, self.parts.merge_size)
-        ids_T = sample.input_ids_L.to(self.device)
+        positions = [positions_3L(sample, self.parts.merge_size) for sample in samples]
+        ids_T = torch.cat([sample.input_ids_L for sample in samples]).to(self.device)
         x_TD = F.embedding(ids_T, self.parts.embed_VD)
-        deep_ND, visual_T = self._put_pictures(x_TD, sample, seen)
-        cos_TS, sin_TS = (part_T1S[:, 0] for part_T1S in self._rotation(positions_3T.to(self.device)))
-
-        def attend(layer: int, q_THS: Tensor) -> Tensor:
-            groups = self.parts.query_heads // self.parts.kv_heads
-            k_HTS, v_HTS = (
-                cache[layer, row, :, :tokens].repeat_interleave(groups, 0)
-                for cache in (self.keys_LRKCS, self.values_LRKCS)
-            )
-            q_HTS = q_THS.transpose(0, 1)
-            y_HTS = F.scaled_dot_product_attention(q_HTS[None], k_HTS[None], v_HTS[None], is_causal=True)[0]
-            return y_HTS.transpose(0, 1).reshape(tokens, -1)
-
-        rows_T = torch.full((tokens,), row, device=self.device)
-        places_T = torch.arange(tokens, device=self.device)
+        deep_ND, visual_T = self._put_pictures(x_TD, samples)
+        positions_3T = torch.cat(positions, -1).to(self.device)
+        cos_TS, sin_TS = (part_T1S[:, 0] for part_T1S in self._rotation(positions_3T))
+        attend = prompt_attention(self.keys_LRKCS, self.values_LRKCS, rows, sizes)
+        sizes_R = torch.tensor(sizes, device=self.device)
+        rows_T = torch.tensor(list(rows), device=self.device).repeat_interleave(sizes_R)
+        places_T = torch.cat([torch.arange(size, device=self.device) for size in sizes])
         x_TD = self._layers(x_TD, cos_TS, sin_TS, rows_T, places_T, attend, deep_ND, visual_T)
-        self._lengths[row] = tokens
-        self._offsets[row] = int(positions_3T.max()) + 1 - tokens
-        return self._logits(x_TD[-1:])[0]
+        for row, size, positions_3P in zip(rows, sizes, positions, strict=True):
+            self._lengths[row] = size
+            self._offsets[row] = int(positions_3P.max()) + 1 - size
+        return self._logits(x_TD[sizes_R.cumsum(0) - 1])
 
     @torch.inference_mode()
     def decode(self, rows: Sequence[int], tokens: Sequence[int]) -> Tensor:
@@ -237,17 +218,19 @@ class Decoder:
         cos_TS, sin_TS = (part.to(self.dtype)[:, None] for part in both)
         return cos_TS, sin_TS
 
-    def _put_pictures(
-        self, x_TD: Tensor, sample: Sample, seen: Seen | None
-    ) -> tuple[list[Tensor], Tensor | None]:
+    def _put_pictures(self, x_TD: Tensor, samples: Sequence[Sample]) -> tuple[list[Tensor], Tensor | None]:
         """Replaces image tokens' embeddings in place; the deepstack features and where they belong."""
-        if seen is None:
-            (seen,) = self.look([sample])
-        if seen is None:
+        pixels = [one.pixel_values_PD for one in samples if one.pixel_values_PD is not None]
+        grids = [one.image_grid_thw_N3 for one in samples if one.image_grid_thw_N3 is not None]
+        if not pixels:
             return [], None
-        visual_T = (sample.mm_token_type_ids_L == IMAGE_TOKEN_TYPE).to(self.device)
-        x_TD[visual_T] = seen.features_ND.to(x_TD.dtype)
-        return seen.deep_ND, visual_T
+        seen_ND, deep_ND = visual_features(
+            self.model, torch.cat(pixels).to(self.device), torch.cat(grids).to(self.device)
+        )
+        kinds_T = torch.cat([sample.mm_token_type_ids_L for sample in samples])
+        visual_T = (kinds_T == IMAGE_TOKEN_TYPE).to(self.device)
+        x_TD[visual_T] = seen_ND.to(x_TD.dtype)
+        return deep_ND, visual_T
 
 
 def _blank(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -10,6 +10,7 @@ from grace.data.records import Turn
 from grace.data.template import Sample, encode_ids, encode_prompt
 from grace.errors import UserError
 from grace.models.processor import load_processor
+from grace.runtime import row_attention
 from grace.runtime.decoder import Decoder
 from grace.runtime.head import Head
 from grace.runtime.library_generate import generate_tokens, generation_config, model_inputs
@@ -179,3 +180,35 @@ def test_a_rounded_head_is_off_by_half_a_step_at_most(kind: str, step: float):
 
 def test_a_prompt_of_one_token(fake_quant):
     assert Decoder(fake_quant, 1, 8).prefill(0, encode_ids([5])).isfinite().all()
+
+
+def test_prompts_read_together_are_as_read_alone(fake_quant, prompts):
+    together, alone = Decoder(fake_quant, 6, 256), Decoder(fake_quant, 6, 256)
+    rows = [4, 0, 5, 2]
+    logits_RV = together.prefill_all(rows, prompts)
+    for row, sample, logits_V in zip(rows, prompts, logits_RV, strict=True):
+        torch.testing.assert_close(logits_V, alone.prefill(row, sample), rtol=1e-4, atol=1e-4)
+    tokens = logits_RV.argmax(-1).tolist()
+    for _ in range(6):
+        logits_RV = together.decode(rows, tokens)
+        for row, token, logits_V in zip(rows, tokens, logits_RV, strict=True):
+            torch.testing.assert_close(logits_V, alone.decode([row], [token])[0], rtol=1e-4, atol=1e-4)
+        tokens = logits_RV.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("waste", [0.0, 1e9], ids=["one by one", "together"])
+def test_both_ways_of_attending_agree(fake_quant, prompts, monkeypatch, waste):
+    """Rows of very different lengths, out of order, with used and unused rows between them."""
+    expected = [decoded(Decoder(fake_quant, 1, 256), 0, sample, 6) for sample in prompts]
+    monkeypatch.setattr(row_attention, "_WASTE", waste)
+    decoder = Decoder(fake_quant, 8, 256)
+    decoder.prefill(3, prompts[2])
+    decoder.release(3)
+    rows = [6, 1, 4, 0]
+    tokens = [int(decoder.prefill(row, sample).argmax()) for row, sample in zip(rows, prompts, strict=True)]
+    found = [[token] for token in tokens]
+    for _ in range(5):
+        tokens = decoder.decode(rows, tokens).argmax(-1).tolist()
+        for answer, token in zip(found, tokens, strict=True):
+            answer.append(token)
+    assert found == expected

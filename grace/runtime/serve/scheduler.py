@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
@@ -35,8 +35,7 @@ class Rows(Protocol):
 
     rows: int
 
-    def look(self, samples: Sequence[Sample]) -> Sequence[Any]: ...
-    def prefill(self, row: int, sample: Sample, seen: Any) -> Tensor: ...
+    def prefill_all(self, rows: Sequence[int], samples: Sequence[Sample]) -> Tensor: ...
     def decode(self, rows: Sequence[int], tokens: Sequence[int]) -> Tensor: ...
     def release(self, row: int) -> None: ...
 
@@ -206,37 +205,36 @@ class Scheduler:
                 jobs.append(self._waiting.popleft())
                 budget -= len(jobs[-1].sample.input_ids_L)
             self._metrics.queued.set(len(self._waiting))
-        start = time.monotonic()
-        for job, seen in zip(jobs, self._look(jobs), strict=True):
-            self._metrics.queue_seconds.observe(start - job.submitted)
-            self._read(job, seen)
+        for job in jobs:
+            self._metrics.queue_seconds.observe(time.monotonic() - job.submitted)
+        if jobs:
+            self._read(jobs)
         self._metrics.running.set(len(self._running))
 
-    def _look(self, jobs: list[Job]) -> Sequence[Any]:
-        """The pictures of several prompts at once; each prompt looks for itself where that fails, to fail alone."""
-        if len(jobs) > 1 and any(job.sample.pixel_values_PD is not None for job in jobs):
-            try:
-                return self._decoder.look([job.sample for job in jobs])
-            except Exception as error:
-                log.warning("pictures are looked at one by one", exc_info=error)
-        return [None] * len(jobs)
-
-    def _read(self, job: Job, seen: Any) -> None:
-        """One prompt into a row, up to its first token."""
-        job.row = heapq.heappop(self._free)  # the lowest: rows side by side are decoded in one piece
-        self._running.append(job)
+    def _read(self, jobs: list[Job]) -> None:
+        """Prompts into free rows, in one pass, up to their first tokens."""
         start = time.monotonic()
+        for job in jobs:
+            job.row = heapq.heappop(self._free)  # the lowest: rows side by side are decoded in one piece
+        self._running += jobs
         try:
-            logits_V = self._decoder.prefill(job.row, job.sample, seen)
-            job.sample = replace(job.sample, pixel_values_PD=None)  # they are read, and large
-            self._advance(job, logits_V)
+            logits_RV = self._decoder.prefill_all([job.row for job in jobs], [job.sample for job in jobs])
         except Exception as error:  # noqa: BLE001 - one prompt's failure is not the others'
-            self._fail([job], error)
+            if len(jobs) == 1:
+                self._fail(jobs, error)
+                return
+            for job in jobs:  # which one is it? each again, alone
+                self._leave(job)
+            for job in jobs:
+                self._read([job])
             return
         now = time.monotonic()
         self._metrics.prefill_seconds.observe(now - start)
-        self._metrics.first_token_seconds.observe(now - job.submitted)
-        self._metrics.prompt_tokens.inc(len(job.sample.input_ids_L))
+        for job, logits_V in zip(jobs, logits_RV, strict=True):
+            self._metrics.first_token_seconds.observe(now - job.submitted)
+            self._metrics.prompt_tokens.inc(len(job.sample.input_ids_L))
+            job.sample = replace(job.sample, pixel_values_PD=None)  # they are read, and large
+            self._try_to_advance(job, logits_V)
 
     def _step(self) -> None:
         """One token for every running answer."""
@@ -253,12 +251,15 @@ class Scheduler:
         self._failed_steps = 0
         best = logits_RV.argmax(-1).tolist() if any(job.greedy for job in jobs) else []  # one call for all
         for index, job in enumerate(jobs):
-            try:
-                self._advance(job, logits_RV[index], best[index] if job.greedy else None)
-            except Exception as error:  # noqa: BLE001 - as in `_admit`
-                self._fail([job], error)
+            self._try_to_advance(job, logits_RV[index], best[index] if job.greedy else None)
         self._metrics.batch_size.observe(len(jobs))
         self._metrics.step_seconds.observe(time.monotonic() - start)
+
+    def _try_to_advance(self, job: Job, logits_V: Tensor, token: int | None = None) -> None:
+        try:
+            self._advance(job, logits_V, token)
+        except Exception as error:  # noqa: BLE001 - one answer's failure is not the others'
+            self._fail([job], error)
 
     def _advance(self, job: Job, logits_V: Tensor, token: int | None = None) -> None:
         """Draws an answer's next token, where it is not known yet."""

@@ -157,6 +157,21 @@ def test_a_failing_prompt_is_alone():
         assert desk.text(fine).split() == ["1"] * 4 and desk.text(later).split() == ["2"] * 4
 
 
+def test_a_failing_prompt_among_several_is_alone_too():
+    with Desk(rows=4) as desk:
+        desk.decoder.broken = {66}
+        jobs = [desk.job([1], 3), desk.job([66], 3), desk.job([2], 3)]
+        desk.decoder.gate.clear()
+        first = desk.job([9], 3)
+        desk.scheduler.submit([first])
+        desk.wait_until(lambda: desk.received[first])
+        desk.scheduler.submit(jobs)  # they are read in one pass
+        desk.decoder.gate.set()
+        desk.wait(first, *jobs)
+        assert [desk.text(job).split() for job in jobs] == [["1"] * 3, [], ["2"] * 3]
+        assert desk.received[jobs[1]][0].error.status == 500 and desk.decoder.taken == 0  # type: ignore[union-attr]
+
+
 @pytest.mark.parametrize("error", [RuntimeError("no memory"), UserError("the context is full")])
 def test_a_failing_step_ends_its_answers_and_nothing_else(monkeypatch, error):
     with Desk(rows=2) as desk:
