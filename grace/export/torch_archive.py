@@ -143,10 +143,13 @@ def _entry(path: Path, name: Any, value: Any, records: Mapping[int, int]) -> Arc
     if not isinstance(name, str) or not isinstance(value, Tensor) or value.layout != torch.strided:
         raise DamagedFile(f"{path.name} holds {shown(name)}, a {type(value).__name__}, not a tensor")
     storage: Any = value.untyped_storage()
-    record: int | None = (
-        storage._checkpoint_offset
-    )  # where torch found it; compared with the archive's own table
-    begin = value.storage_offset() * value.element_size()
-    if record not in records or not value.is_contiguous() or begin + value.nbytes > records[record]:
+    record: int | None = storage._checkpoint_offset  # where torch found it
+    begin = int(value.storage_offset()) * value.element_size()
+    if (
+        record is None
+        or record not in records
+        or not value.is_contiguous()
+        or begin + value.nbytes > records[record]
+    ):
         raise DamagedFile(f"{path.name}: {shown(name)} does not fit its bytes")
     return ArchivedTensor(value.dtype, tuple(value.shape), record + begin)
