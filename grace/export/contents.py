@@ -29,8 +29,11 @@ NARROW = (torch.bfloat16, torch.float16)
 class Tensors(Protocol):
     """Tensors by name, each read when asked for: `grace.export.shards.Weights` or a view of it."""
 
-    shapes: Mapping[str, tuple[int, ...]]
-    dtypes: Mapping[str, torch.dtype]
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
+
+    @property
+    def dtypes(self) -> Mapping[str, torch.dtype]: ...
 
     def read(self, name: str) -> Tensor: ...
 
