@@ -12,8 +12,9 @@ import os
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, NoReturn
 
 from grace.errors import UserError
 
@@ -74,7 +75,7 @@ def shown(text: Any) -> str:
 # ---------------------------------------------------------------- files
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path) -> BufferedReader:
     """Opens a file for reading, if it is one.
 
     Raises:

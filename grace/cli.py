@@ -1,6 +1,6 @@
 """The `grace` command. Every import of an implementation waits until its sub-command runs.
 
-grace demo | data ... | train | report | teacher-cache | export | generate | inspect
+grace demo | study | data ... | train | report | teacher-cache | quantize | export | push | generate | serve | eval | bench | inspect
 """
 
 import argparse
@@ -11,14 +11,16 @@ from pathlib import Path
 from grace import __version__
 from grace.arguments import add as _add
 from grace.arguments import add_json as _add_json
-from grace.arguments import add_teacher_cache, add_train, byte_size, integer, number
+from grace.arguments import add_teacher_cache, add_train, byte_size, integer
 from grace.cli_data import add_data
+from grace.cli_eval import add_eval
+from grace.cli_publish import FORMATS, add_card, add_push, add_quantize
+from grace.cli_runtime import add_bench, add_generate
+from grace.cli_serve import add_serve
 from grace.errors import Parser, UserError, run_command
 
-# Copies of grace.runtime.int4_linear.KERNELS and grace.export.pack.FORMATS: importing those costs
-# seconds. A test keeps them equal.
-KERNELS = ("auto", "aten", "dequant", "reference")
-FORMATS = ("awq", "compressed-tensors", "gguf", "mlx", "qat")
+# A copy of grace.runtime.int4_linear.KERNELS: importing that costs seconds. A test keeps them equal.
+KERNELS = ("auto", "triton", "native", "aten", "dequant", "reference", "gptqmodel")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,15 +49,21 @@ def build_parser() -> Parser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for add in (
         _add_demo,
+        _add_study,
         add_data,
         _add_train,
         _add_report,
         _add_teacher_cache,
+        add_quantize,
         _add_export,
-        _add_generate,
+        add_push,
+        lambda commands: add_generate(commands, KERNELS),
+        lambda commands: add_eval(commands, KERNELS),
         _add_inspect,
     ):
         add(commands)
+    add_serve(commands, KERNELS)
+    add_bench(commands, KERNELS)
     return parser
 
 
@@ -71,6 +79,24 @@ def _add_demo(commands: "argparse._SubParsersAction[Parser]") -> None:
     )
     parser.add_argument("--from-scratch", action="store_true", help="train teacher and student here as well")
     parser.add_argument("--seed", type=integer(0), default=0, help="default: %(default)s")
+    _add_json(parser)
+
+
+def _add_study(commands: "argparse._SubParsersAction[Parser]") -> None:
+    parser = _add(commands, "study", "Compare the method's parts over many seeds.", _study, "demo")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/study"), metavar="DIR", help="default: %(default)s"
+    )
+    parser.add_argument("--quick", action="store_true", help="one table, a few steps: shows the way")
+    parser.add_argument(
+        "--only", nargs="+", action="extend", default=[], metavar="TABLE", help="fill these tables alone"
+    )
+    parser.add_argument("--seeds", type=integer(1), metavar="N", help="default: 5, with --quick 2")
+    parser.add_argument("--jobs", type=integer(1), default=2, metavar="N", help="default: %(default)s")
+    parser.add_argument("--report-only", action="store_true", help="run nothing, report what is there")
+    parser.add_argument(
+        "--publish", type=Path, metavar="DIR", help="also write into recipes/RESULTS.md of a checkout"
+    )
     _add_json(parser)
 
 
@@ -117,33 +143,7 @@ def _add_export(commands: "argparse._SubParsersAction[Parser]") -> None:
         metavar="SIZE",
         help="cut the weights, e.g. 2GB; default: one file",
     )
-    _add_json(parser)
-
-
-def _add_generate(commands: "argparse._SubParsersAction[Parser]") -> None:
-    parser = _add(commands, "generate", "Answer a prompt about pictures.", _generate)
-    parser.add_argument("directory", metavar="DIR", type=Path, help="an exported model or a run's model/")
-    parser.add_argument(
-        "--image", nargs="+", action="extend", default=[], metavar="FILE", help="pictures, in order"
-    )
-    parser.add_argument("--prompt", required=True, metavar="TEXT", help="may place each picture with <image>")
-    parser.add_argument(
-        "--max-new-tokens", type=integer(1), default=128, metavar="N", help="default: %(default)s"
-    )
-    parser.add_argument(
-        "--temperature",
-        type=number(0),
-        default=0.0,
-        metavar="T",
-        help="default: 0, always the likeliest token",
-    )
-    parser.add_argument(
-        "--top-p", type=number(0, 1, open_low=True), default=1.0, metavar="P", help="default: 1"
-    )
-    parser.add_argument("--seed", type=integer(0), help="makes sampling repeatable")
-    parser.add_argument(
-        "--kernel", choices=KERNELS, default="auto", help="for packed layers; default: %(default)s"
-    )
+    add_card(parser)
     _add_json(parser)
 
 
@@ -160,6 +160,12 @@ def _demo(args: argparse.Namespace) -> int:
     from grace.demo.pipeline import run_demo
 
     return run_demo(args)
+
+
+def _study(args: argparse.Namespace) -> int:
+    from grace.study.run import run_study
+
+    return run_study(args)
 
 
 def _train(args: argparse.Namespace) -> int:
@@ -187,12 +193,6 @@ def _export(args: argparse.Namespace) -> int:
 
     args.format = args.format or ["awq"]
     return run_export(args)
-
-
-def _generate(args: argparse.Namespace) -> int:
-    from grace.runtime.generate import run_generate
-
-    return run_generate(args)
 
 
 def _inspect(args: argparse.Namespace) -> int:

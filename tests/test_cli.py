@@ -16,7 +16,7 @@ USAGE_ERRORS = {
     "no command": ([], "COMMAND"),
     "unknown command": (["exprot"], "'export'"),
     "unknown option": (["inspect", "somewhere", "--jsn"], "--jsn"),
-    "abbreviated option": (["generate", "somewhere", "--prom", "x"], "--prompt"),
+    "abbreviated option": (["export", "run", "--ou", "x"], "--out"),
     "no data command": (["data"], "COMMAND"),
     "unknown data command": (["data", "big-world"], "'small-world'"),
     "audit: no recipe": (["data", "audit"], "RECIPE"),
@@ -30,7 +30,16 @@ USAGE_ERRORS = {
     "export: unknown format": (["export", "run", "--out", "x", "--format", "awk"], "'awq'"),
     "export: size in words": (["export", "run", "--out", "x", "--max-shard-size", "big"], "2GiB"),
     "export: no size": (["export", "run", "--out", "x", "--max-shard-size", "0"], "above 0"),
-    "generate: no prompt": (["generate", "somewhere"], "--prompt"),
+    "quantize: no out": (["quantize", "model"], "--out"),
+    "quantize: one bit": (["quantize", "model", "--out", "x", "--bits", "1"], "--bits"),
+    "quantize: odd groups": (["quantize", "model", "--out", "x", "--group-size", "100"], "--group-size"),
+    "quantize: unknown method": (["quantize", "model", "--out", "x", "--method", "quip"], "'rtn'"),
+    "quantize: unknown scales": (["quantize", "model", "--out", "x", "--scales", "max"], "'absmax'"),
+    "push: no repository": (["push", "somewhere"], "REPO"),
+    "generate: unknown preset": ([*GENERATE, "--preset", "wild"], "'open-ended'"),
+    "generate: unknown head": ([*GENERATE, "--head", "int2"], "'int4'"),
+    "bench: unknown size": (["bench", "--synthetic", "qwen3-vl-3b"], "'qwen3-vl-2b'"),
+    "bench: no tokens": (["bench", "x", "--prefill", "0"], "at least 1"),
     "generate: image without files": ([*GENERATE, "--image"], "--image"),
     "generate: no tokens": ([*GENERATE, "--max-new-tokens", "0"], "at least 1"),
     "generate: half a token": ([*GENERATE, "--max-new-tokens", "1.5"], "whole number"),
@@ -41,6 +50,13 @@ USAGE_ERRORS = {
     "generate: top-p above 1": ([*GENERATE, "--top-p", "1.01"], "at most 1"),
     "generate: negative seed": ([*GENERATE, "--seed", "-1"], "at least 0"),
     "generate: unknown kernel": ([*GENERATE, "--kernel", "marlin"], "'dequant'"),
+    "eval: limit 0": (["eval", "x", "--tasks", "ai2d", "--limit", "0"], "at least 1"),
+    "eval: compare one": (["eval", "--compare", "a"], "--compare"),
+    "eval: unknown kernel": (["eval", "x", "--kernel", "marlin"], "'dequant'"),
+    "serve: no directory": (["serve"], "DIR"),
+    "serve: port in words": (["serve", "x", "--port", "http"], "whole number"),
+    "serve: unknown engine": (["serve", "x", "--engine", "ollama"], "'vllm'"),
+    "serve: no batch": (["serve", "x", "--max-batch", "0"], "at least 1"),
     "demo: seed in words": (["demo", "--seed", "lucky"], "whole number"),
     "small world: no out": (["data", "small-world"], "--out"),
     "small world: split without size": (
@@ -68,9 +84,24 @@ def test_usage_errors_are_one_line_and_exit_2(capsys, arguments, mentioned):
     [
         ["inspect", "/nowhere"],
         ["generate", "/nowhere", "--prompt", "x"],
+        ["generate", "/nowhere"],
+        ["generate", "/nowhere", "--prompt", "x", "--chat"],
+        ["generate", "/nowhere", "--batch", "/nowhere.jsonl"],
+        ["generate", "/nowhere", "--batch", "/nowhere.jsonl", "--out", "{tmp}/out.jsonl"],
+        ["bench"],
+        ["bench", "/nowhere"],
+        ["bench", "/nowhere", "--synthetic", "qwen3-vl-2b"],
         ["export", "/nowhere", "--out", "{tmp}/out"],
         ["export", "/nowhere", "--out", "{tmp}/out", "--format", "awq", "--format", "qat", "--json"],
+        ["export", "/nowhere", "--out", "{tmp}/out", "--base-model", "not a name"],
+        ["export", "/nowhere", "--out", "{tmp}/out", "--results", "/nowhere.json"],
+        ["quantize", "/nowhere", "--out", "{tmp}/out"],
+        ["quantize", "/nowhere", "--out", "{tmp}/out", "--method", "gptq"],
+        ["push", "/nowhere", "owner/name"],
+        ["push", "/nowhere", "name", "--dry-run"],
         ["train", "/nowhere.yaml"],
+        ["eval", "/nowhere"],
+        ["eval", "--compare", "/nowhere", "/nowhere"],
         ["train", "small_world/grace_w4.yaml", "run.sede=1", "--dry-run"],
         ["data", "audit", "/nowhere.yaml"],
         ["data", "stats", "/nowhere.yaml", "--json"],
@@ -102,7 +133,8 @@ def test_modules_run_as_commands(module):
 @pytest.mark.parametrize(
     "arguments",
     [
-        *([], ["demo"], ["data"], ["train"], ["export"], ["generate"], ["inspect"]),
+        *([], ["demo"], ["study"], ["data"], ["train"], ["quantize"], ["export"], ["push"]),
+        *(["generate"], ["serve"], ["eval"], ["bench"], ["inspect"]),
         *(["data", name] for name in ("audit", "stats", "download", "small-world")),
     ],
     ids=lambda arguments: " ".join(["grace", *arguments]),
@@ -146,8 +178,8 @@ def test_arguments_reach_the_implementations(monkeypatch):
     args = vars(
         cli.build_parser().parse_args([*GENERATE, "--image", "a", "b", "--image", "c", "--top-p", "1"])
     )
-    assert args["image"] == ["a", "b", "c"] and args["top_p"] == 1.0 and args["temperature"] == 0.0
-    assert args["seed"] is None and args["kernel"] == "auto" and args["max_new_tokens"] == 128
+    assert args["image"] == ["a", "b", "c"] and args["top_p"] == 1.0 and args["temperature"] is None
+    assert args["seed"] is None and args["kernel"] == "auto" and args["max_new_tokens"] is None
     args = vars(
         cli.build_parser().parse_args(["export", "r", "--out", "o", "--format", "qat", "--format", "awq"])
     )

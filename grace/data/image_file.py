@@ -4,10 +4,22 @@ import os
 import stat
 import struct
 from pathlib import Path
+from typing import BinaryIO
 
 from PIL import Image
 
 from grace.errors import UserError
+
+DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+
+
+def decode_image(source: Path | BinaryIO) -> Image.Image:
+    """A picture as RGB; raises one of `DECODE_ERRORS`."""
+    limit = Image.MAX_IMAGE_PIXELS
+    with Image.open(source) as image:
+        if limit is not None and image.width * image.height > limit:  # Pillow itself stops at twice that
+            raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels, limit {limit}")
+        return image.convert("RGB")
 
 
 def open_image(path: Path, record_id: str) -> Image.Image:
@@ -16,19 +28,15 @@ def open_image(path: Path, record_id: str) -> Image.Image:
     Raises:
         UserError: missing, unreadable, truncated or too large; the message names the file and the record.
     """
-    limit = Image.MAX_IMAGE_PIXELS
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for ever
             raise OSError("it is not a file")
-        with Image.open(path) as image:
-            if limit is not None and image.width * image.height > limit:  # Pillow itself stops at twice that
-                raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels, limit {limit}")
-            return image.convert("RGB")
+        return decode_image(path)
     except FileNotFoundError as error:
         raise UserError(
             f"record {record_id}: image {path} does not exist: restore it or drop the record"
         ) from error
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
+    except DECODE_ERRORS as error:
         raise UserError(
             f"record {record_id}: image {path} cannot be decoded ({error}): replace it or drop the record"
         ) from error

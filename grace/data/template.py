@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from grace.data.records import IMAGE_MARK, Record, Turn, check_marks, open_image
+from grace.data.records import IMAGE_MARK, Record, Role, Turn, check_marks, open_image
 from grace.errors import UserError
 
 # Qwen's chat format; `{% generation %}` encloses exactly what `encode` supervises.
@@ -46,6 +46,26 @@ class Sample:
     pixel_values_PD: Tensor | None
     image_grid_thw_N3: Tensor | None
     record_id: str
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """One picture as the model takes it: its patches and its (time, height, width) in patches."""
+
+    pixel_values_PD: Tensor
+    image_grid_thw_13: Tensor
+
+
+@dataclass(frozen=True)
+class Message:
+    """One utterance with its pictures in place. Text is text: an `<image>` in it marks nothing.
+
+    Attributes:
+        texts: what stands before, between and after the pictures: one more than there are pictures.
+    """
+
+    role: Role
+    texts: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -87,13 +107,65 @@ def encode_prompt(turns: Sequence[Turn], images: Sequence[Image.Image], processo
     return _encode(turns, images, processor, "prompt", prompt=True)
 
 
+def encode_pixels(image: Image.Image, processor: Any) -> Pixels:
+    """A picture for `encode_messages`.
+
+    Raises:
+        UserError: a shape that the image processor refuses.
+    """
+    pixel_values_PD, image_grid_thw_13 = _pixels([image], processor, "prompt")
+    assert pixel_values_PD is not None and image_grid_thw_13 is not None  # there is a picture
+    return Pixels(pixel_values_PD, image_grid_thw_13)
+
+
+def encode_messages(messages: Sequence[Message], pixels: Sequence[Pixels], processor: Any) -> Sample:
+    """`encode_prompt` for pictures that are encoded already and whose places are given, not marked.
+
+    Raises:
+        ValueError: the messages have another number of places than there are pictures.
+    """
+    if (places := sum(len(message.texts) - 1 for message in messages)) != len(pixels):
+        raise ValueError(f"{places} places for {len(pixels)} pictures")
+    pixel_values_PD = torch.cat([one.pixel_values_PD for one in pixels]) if pixels else None
+    image_grid_thw_N3 = torch.cat([one.image_grid_thw_13 for one in pixels]) if pixels else None
+    return _assemble(messages, pixel_values_PD, image_grid_thw_N3, processor, "prompt", prompt=True)
+
+
+def encode_ids(ids: Sequence[int]) -> Sample:
+    """A prompt of text tokens that is no conversation."""
+    input_ids_L = torch.tensor(ids)
+    labels_L = torch.full_like(input_ids_L, IGNORED)
+    return Sample(input_ids_L, labels_L, torch.zeros_like(input_ids_L), None, None, "prompt")
+
+
+def text_ids(text: str, processor: Any) -> list[int]:
+    """The tokens of a text in which nothing is structure."""
+    return _text_ids([text], processor)[0]
+
+
 def _encode(
     turns: Sequence[Turn], images: Sequence[Image.Image], processor: Any, record_id: str, prompt: bool
 ) -> Sample:
     pixel_values_PD, image_grid_thw_N3 = _pixels(images, processor, record_id)
+    messages = [_message(turn) for turn in turns]
+    return _assemble(messages, pixel_values_PD, image_grid_thw_N3, processor, record_id, prompt)
+
+
+def _message(turn: Turn) -> Message:
+    return Message(turn.role, tuple(_split_at_images(turn.text)) if turn.role == "user" else (turn.text,))
+
+
+def _assemble(
+    messages: Sequence[Message],
+    pixel_values_PD: Tensor | None,
+    image_grid_thw_N3: Tensor | None,
+    processor: Any,
+    record_id: str,
+    prompt: bool,
+) -> Sample:
     merge = processor.image_processor.merge_size**2
     counts = [] if image_grid_thw_N3 is None else (image_grid_thw_N3.prod(-1) // merge).tolist()
-    pieces = _pieces(turns, counts, processor, prompt)
+    pieces = _pieces(messages, counts, processor, prompt)
     text_ids = iter(_text_ids([piece.text for piece in pieces if piece.text], processor))
     ids: list[int] = []
     labels: list[int] = []
@@ -145,7 +217,10 @@ def count_tokens(
     Args:
         conversations: turns, and the tokens of each picture in the order of the `<image>` marks.
     """
-    pieces = [_pieces(turns, images, processor, prompt=False) for turns, images in conversations]
+    pieces = [
+        _pieces([_message(turn) for turn in turns], images, processor, prompt=False)
+        for turns, images in conversations
+    ]
     texts = list({piece.text for one in pieces for piece in one if piece.text})
     backend = processor.tokenizer.backend_tokenizer
     backend.encode_special_tokens = True  # what split_special_tokens of `_text_ids` sets
@@ -185,22 +260,23 @@ def _fits(image: Image.Image, image_processor: Any) -> bool:
     return whole_tiles and smallest <= image.width * image.height <= largest
 
 
-def _pieces(turns: Sequence[Turn], image_tokens: Sequence[int], processor: Any, prompt: bool) -> list[_Piece]:
+def _pieces(
+    messages: Sequence[Message], image_tokens: Sequence[int], processor: Any, prompt: bool
+) -> list[_Piece]:
     """The conversation as pieces, in order; `image_tokens` counts the tokens of each picture."""
     start, end = processor.tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
     counts = iter(image_tokens)
     pieces: list[_Piece] = []
-    for turn in turns:
+    for message in messages:
         pieces.append(_Piece(ids=(start,)))
-        if turn.role == "assistant":
+        first, *rest = message.texts
+        if message.role == "assistant":
             # Apart from its header, so that the answer's ids are those generation produces after "assistant\n".
             pieces.append(_Piece("assistant\n"))
-            pieces.append(_Piece(turn.text, supervised=True))
+            pieces.append(_Piece(first, supervised=True))
             pieces.append(_Piece(ids=(end,), supervised=True))
         else:
-            marked = turn.role == "user"
-            first, *rest = _split_at_images(turn.text) if marked else [turn.text]
-            pieces.append(_Piece(f"{turn.role}\n{first}"))
+            pieces.append(_Piece(f"{message.role}\n{first}"))
             for text in rest:
                 pads = (processor.image_token_id,) * next(counts)
                 pieces.append(

@@ -42,17 +42,14 @@ from grace.export.directory import (
 )
 from grace.export.name_rules import require_awq_names
 from grace.export.shards import Weights
-from grace.kernels.awq_layout import PER_WORD, pack_transposed, unpack_transposed
+from grace.kernels.awq_layout import PER_WORD, ZERO_WORD, pack_transposed, unpack_transposed
+from grace.models.foreign_names import AWQ_NOT_CONVERTED
 
 AWQ_MODULES = "awq_quantized_modules.json"
 PARTS = ("qweight", "qzeros", "scales")
 LABEL = "AWQ"
 BITS = 4
-# Both names: transformers matches anchored paths, vLLM and SGLang substrings (DESIGN section 6).
-NOT_CONVERTED = ["visual", "model.visual", "lm_head"]
 ZERO_POINT = 8
-# Eight zero points of 8 in one word, as a signed 32-bit integer.
-ZERO_WORD = 0x88888888 - (1 << 32)
 
 
 def pack(codes_OI: Tensor, scales_OG: Tensor, group_size: int = 128) -> dict[str, Tensor]:
@@ -194,7 +191,7 @@ def write(source: Source, directory: Path, max_shard_bytes: int | None = None) -
     Raises:
         UserError: a linear that the layout cannot hold, or names that an engine would take for quantized.
     """
-    listed = [*NOT_CONVERTED, *dense_linears(source)]
+    listed = [*AWQ_NOT_CONVERTED, *dense_linears(source)]
     config = awq_config(source.config, source.qat.group_size, deployed_dtype(source), listed)
     require_awq_names(source, listed)
     entries = dense_entries(source)

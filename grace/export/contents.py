@@ -20,6 +20,7 @@ from grace.checkpoint import QatState, QuantizedWeight
 from grace.errors import UserError
 
 OWN = "qat"  # the kind of a checkpoint with `grace_qat/`; one that GRACE trained knows its recipe
+ROUNDED = "full-precision"  # that of a model whose codes `grace quantize` makes
 # Keys of config.json that say how the weights are packed, which is for each writer to say anew.
 PACKING_KEYS = ("quantization_config", "quantization", "awq_packing")
 NARROW = (torch.bfloat16, torch.float16)
@@ -28,8 +29,11 @@ NARROW = (torch.bfloat16, torch.float16)
 class Tensors(Protocol):
     """Tensors by name, each read when asked for: `grace.export.shards.Weights` or a view of it."""
 
-    shapes: Mapping[str, tuple[int, ...]]
-    dtypes: Mapping[str, torch.dtype]
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
+
+    @property
+    def dtypes(self) -> Mapping[str, torch.dtype]: ...
 
     def read(self, name: str) -> Tensor: ...
 
@@ -112,7 +116,7 @@ class Source:
     Attributes:
         config: config.json without what says how weights are packed.
         weights: the tensors; those that `qat.modules` holds may be among them.
-        kind: what the directory is: `OWN`, a format of `grace.export.pack.FORMATS`, or `reference-qat`.
+        kind: what the directory is: `OWN`, `ROUNDED`, a format of `grace.export.pack.FORMATS`, or `reference-qat`.
         scale_dtype: the narrowest type that holds every scale: bfloat16, else float16, else float32.
         symmetric: whether W = scale * code, without zero points.
     """
@@ -135,6 +139,17 @@ class Source:
     def trained(self) -> bool:
         """Whether GRACE trained this very checkpoint, rather than made it from another format."""
         return self.kind == OWN and "converted_from" not in self.qat.info
+
+    @property
+    def rounded(self) -> Mapping[str, Any] | None:
+        """How `grace quantize` made the codes; None where it did not."""
+        rounded = self.qat.info.get("rounded")
+        return rounded if isinstance(rounded, Mapping) else None
+
+    @property
+    def ours(self) -> bool:
+        """Whether its codes were made here, in training or by rounding: the rest may be wider than it need be."""
+        return self.trained or self.rounded is not None
 
     def with_modules(self, modules: Mapping[str, QuantizedWeight], **changes: Any) -> "Source":
         """This with other quantized linears."""

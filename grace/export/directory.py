@@ -39,10 +39,10 @@ def dense_names(source: Source) -> list[str]:
 
 
 def dense_dtype(source: Source, name: str) -> torch.dtype:
-    """What a dense tensor is stored as: as it is, but what training kept wider as the base model's bfloat16."""
+    """What a dense tensor is stored as: as it is, but what we have wider as the base model's bfloat16."""
     stored = source.weights.dtypes[name]
     wide = stored.is_floating_point and stored.itemsize > 2
-    return torch.bfloat16 if wide and source.trained else stored
+    return torch.bfloat16 if wide and source.ours else stored
 
 
 def dense_pieces(source: Source, name: str, dtype: torch.dtype | None = None) -> Iterator[Tensor]:

@@ -92,8 +92,12 @@ def write(source: Source, directory: Path, max_shard_bytes: int | None = None) -
             "export it with --format qat"
         )
     name = Path(str(source.qat.info.get("base_model") or "model")).name
+    tensors = text_tensors(source, config)
+    cut = max_shard_bytes is not None and sum(tensor.entry.nbytes for tensor in tensors) > max_shard_bytes
     text = gguf.GGUFWriter(
-        directory / text_file(bits), gguf.MODEL_ARCH_NAMES[ARCHITECTURE], split_max_size=max_shard_bytes or 0
+        directory / text_file(bits),
+        gguf.MODEL_ARCH_NAMES[ARCHITECTURE],
+        split_max_size=max_shard_bytes if cut and max_shard_bytes else 0,
     )
     add_text(text, config, name, _FILE_TYPES[bits])
     text.add_uint32(GROUP_SIZE_KEY, source.qat.group_size)
@@ -105,7 +109,7 @@ def write(source: Source, directory: Path, max_shard_bytes: int | None = None) -
     vision = gguf.GGUFWriter(file, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.MMPROJ])
     add_vision(vision, config, name, kind, source.directory)
     with one_thread():
-        _write_file(text, text_tensors(source, config), "gguf")
+        _write_file(text, tensors, "gguf")
         _write_file(vision, vision_tensors(source, config), "gguf mmproj")
     write_json(directory / "config.json", deployed_config(source.config, deployed_dtype(source)))
     copy_verbatim_files(source.directory, directory)

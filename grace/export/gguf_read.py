@@ -165,11 +165,11 @@ class _Dense:
 
     def pieces(self, name: str) -> Iterator[Tensor]:
         """One tensor in slices of its first dimension."""
-        parts = self._entries[name]
-        if len(parts) > 1 or parts[0].kind == "F32":  # small ones
+        first, *more = self._entries[name]
+        if more or first.kind == "F32":  # small ones
             yield self.read(name)
             return
-        yield from read_pieces(parts[0].path, parts[0].start, self.shapes[name], self.dtypes[name])
+        yield from read_pieces(first.path, first.start, self.shapes[name], self.dtypes[name])
 
 
 def _joined_shape(parts: tuple[GgufEntry, ...]) -> tuple[int, ...]:

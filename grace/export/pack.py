@@ -10,7 +10,7 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,10 +20,12 @@ from grace.data.faults import Policies
 from grace.data.records import Record, load_records
 from grace.errors import UserError
 from grace.export import awq, compressed_tensors, mlx, parity, qat
+from grace.export.card_inputs import NOTHING, CardInputs, card_inputs
 from grace.export.contents import Source
 from grace.export.fit import fitted
 from grace.export.model_card import model_card
 from grace.export.probe import probe_records
+from grace.export.record import CARD, write_record
 from grace.export.reference import Reference
 from grace.export.source import open_source, read_back
 from grace.files import new_directory, require_free
@@ -40,12 +42,14 @@ def run_export(args: argparse.Namespace) -> int:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     records = load_records(Path(args.parity_data)) if args.parity_data else None
+    card = card_inputs(args.base_model, args.results)
     report = export_run(
         Path(args.run),
         Path(args.out),
         tuple(args.format or ("awq",)),
         records,
         max_shard_bytes=args.max_shard_size,
+        card=card,
     )
     for written in report["formats"].values():
         print(f"wrote {written['path']}", file=sys.stderr)
@@ -61,6 +65,7 @@ def export_run(
     validation_records: Sequence[Record] | None = None,
     image_root: str | Path | None = None,
     max_shard_bytes: int | None = None,
+    card: CardInputs = NOTHING,
 ) -> dict[str, Any]:
     """Exports a quantized model.
 
@@ -72,6 +77,7 @@ def export_run(
             (its training data if it has none), or noise where no recipe is known.
         image_root: where the images of the recipe's data are; None takes the recipe's own.
         max_shard_bytes: cuts the weights into files of at most this size; None writes one.
+        card: what the model card cannot know from the source.
 
     Returns:
         `{"source", "kind", "formats": {name: {"path", "modules", "bits", "group_size", "parity"}}}`, JSON-able.
@@ -81,13 +87,13 @@ def export_run(
         RuntimeError: the parity gate failed; nothing was published.
     """
     source, out, formats = Path(source), Path(out), tuple(dict.fromkeys(formats))
-    writers = {name: writer(name) for name in formats}
+    for name in formats:
+        writer(name)
     if not formats:
         raise UserError(f"no format: choose from {', '.join(FORMATS)}")
     require_free(out)
     opened = open_source(source)
     fits = {name: fitted(opened, name) for name in formats}
-    report: dict[str, Any] = {"source": str(source), "kind": opened.kind, "formats": {}}
     with tempfile.TemporaryDirectory() as scraps:
         reference = None
         if any(name != "qat" for name in formats):
@@ -95,19 +101,46 @@ def export_run(
                 opened, parity_records(opened, validation_records, image_root, Path(scraps))
             )
         qat.require_consistent(opened)
-        with new_directory(out) as scratch:
-            for name, module in writers.items():
-                directory, final = (scratch, out) if len(formats) == 1 else (scratch / name, out / name)
-                directory.mkdir(exist_ok=True)
-                fit, rounding = fits[name]
-                module.write(fit, directory, max_shard_bytes)
-                figures = gate(fit, rounding, name, directory, reference)
-                print(parity.describe(name, figures), file=sys.stderr)
-                (directory / "README.md").write_text(model_card(fit, name, figures), encoding="utf-8")
-                report["formats"][name] = {
-                    "path": str(final), "modules": len(opened.qat.modules), "bits": opened.qat.bits,
-                    "group_size": opened.qat.group_size, "parity": figures,
-                }  # fmt: skip
+        written = publish(fits, out, reference, max_shard_bytes, card)
+    return {"source": str(source), "kind": opened.kind, "formats": written}
+
+
+def publish(
+    fits: Mapping[str, tuple[Source, float]],
+    out: Path,
+    reference: Reference | None,
+    max_shard_bytes: int | None = None,
+    card: CardInputs = NOTHING,
+) -> dict[str, Any]:
+    """Writes, gates and describes each format, and then shows the whole directory under its name.
+
+    Args:
+        fits: by format what it will hold, see `grace.export.fit`.
+        reference: what packed formats are asked the same questions as; None compares their tensors alone.
+        card: what the model card cannot know from the source.
+
+    Returns:
+        `{name: {"path", "modules", "bits", "group_size", "parity"}}`.
+
+    Raises:
+        UserError: the source cannot be written in a format, or the disk is full.
+        RuntimeError: the parity gate failed; nothing was published.
+    """
+    report: dict[str, Any] = {}
+    with new_directory(out) as scratch:
+        for name, (source, rounding) in fits.items():
+            directory, final = (scratch, out) if len(fits) == 1 else (scratch / name, out / name)
+            directory.mkdir(exist_ok=True)
+            writer(name).write(source, directory, max_shard_bytes)
+            figures = gate(source, rounding, name, directory, reference)
+            print(parity.describe(name, figures), file=sys.stderr)
+            (directory / CARD).write_text(model_card(source, name, figures, card), encoding="utf-8")
+            about = {
+                "modules": len(source.qat.modules), "bits": source.qat.bits, "group_size": source.qat.group_size,
+                "parity": figures,
+            }  # fmt: skip
+            write_record(directory, {"format": name, **about})
+            report[name] = {"path": str(final), **about}
     return report
 
 
@@ -136,7 +169,7 @@ def gate(
     Args:
         source: what the format was given, its scales rounded where it has no others.
         rounding: by how much, at most, relative to a scale.
-        reference: the source itself; None where only `qat` is written.
+        reference: the source itself; None where tensors alone are compared.
 
     Raises:
         RuntimeError: what was written is not that.
@@ -145,9 +178,11 @@ def gate(
         stored = read_back(directory, name)
     except UserError as error:
         raise RuntimeError(f"parity: {name} cannot be read back ({error}); nothing was published") from error
-    if reference is None or name == "qat":
+    if name == "qat":
         figures = qat.check(source, directory, stored.qat.modules)
         return {**figures, **({"scale_rounding": {"largest_relative": rounding}} if rounding else {})}
+    if reference is None:
+        return parity.check_tensors(source, stored)
     given = reference.rescaled(source) if rounding else reference
     figures = (
         parity.check_loaded(given, stored, directory) if name == "awq" else parity.check_filled(given, stored)

@@ -73,6 +73,16 @@ def check_filled(reference: Reference, stored: Source) -> dict[str, Any]:
     return figures
 
 
+def check_tensors(source: Source, stored: Source) -> dict[str, Any]:
+    """The gate without samples: everything that was written, bit for bit.
+
+    Raises:
+        RuntimeError: something differs.
+    """
+    check_stored(source, stored)
+    return {"codes_identical": True, "dense_identical": True, "modules": len(source.qat.modules)}
+
+
 def check_stored(source: Source, stored: Source) -> None:
     """Compares everything that was written with the source, bit for bit.
 

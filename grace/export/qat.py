@@ -1,7 +1,7 @@
 """The QAT checkpoint again: for publication, further training, or another export later.
 
 A trained one is copied, fp32 latents and all. Made from other formats it holds codes, scales and W_hat, and
-no latents: it can be loaded and exported, and a new run can start from its weights.
+no latents: it can be loaded and exported, and a new run can start from its weights. A rounded model has them.
 
 Shape suffixes: O output features, I input features, G groups along the input.
 """
@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from torch import Tensor
 from grace.checked_files import MEND
 from grace.checkpoint import FORMAT_VERSION, QAT_FOLDER, QAT_TENSORS, QuantizedWeight, copy_verbatim_files
 from grace.errors import UserError
-from grace.export.contents import OWN, Source, modules_of
+from grace.export.contents import OWN, ROUNDED, Source, modules_of
 from grace.export.directory import (
     Part,
     dense_names,
@@ -27,6 +27,7 @@ from grace.export.directory import (
     packed_entries,
     write_json,
 )
+from grace.export.progress import progress
 from grace.export.shards import INDEX, Weights, write_weights
 from grace.export.stream import Entry, write_safetensors
 from grace.files import sha256_of
@@ -70,6 +71,18 @@ def _write_converted(source: Source, directory: Path, max_shard_bytes: int | Non
                 lambda weight: weight.scales_OG.bfloat16(),
             ),
         ]
+        if source.kind == ROUNDED:
+            parts += [
+                Part(
+                    "latent", torch.float32, (outputs, inputs), lambda weight: cast(Tensor, weight.latent_OI)
+                ),
+                Part(
+                    "theta",
+                    torch.float32,
+                    (outputs, inputs // group_size),
+                    lambda weight: cast(Tensor, weight.theta_OG),
+                ),
+            ]
         state += packed_entries(source, name, parts, LABEL)
         wide = Part("weight", torch.float32, (outputs, inputs), partial(_wide, group_size))
         weights += packed_entries(source, name, [wide], LABEL)
@@ -77,9 +90,10 @@ def _write_converted(source: Source, directory: Path, max_shard_bytes: int | Non
         write_weights(directory, weights, {"format": "pt"}, "qat", max_shard_bytes)
         (directory / QAT_FOLDER).mkdir()
         file = directory / QAT_FOLDER / QAT_TENSORS
-        write_safetensors(file, state, {"format": "pt"})
+        with progress("qat state", sum(entry.nbytes for entry in state)) as advance:
+            write_safetensors(file, state, {"format": "pt"}, advance)
     info = {
-        **{key: source.qat.info.get(key) for key in ("base_model", "license", "sections")},
+        **{key: source.qat.info.get(key) for key in ("base_model", "license", "sections", "rounded")},
         "converted_from": source.kind,
         "format_version": FORMAT_VERSION,
         "bits": source.qat.bits,

@@ -71,10 +71,9 @@ class Reference:
 
     def model(self, dtype: torch.dtype) -> Any:
         """The source as a model."""
-        if not self.source.trained:
-            return model_of(self.source, dtype)
-        model = load_model(self.source.directory, dtype)
-        if dtype == torch.float32:
+        trained = self.source.trained
+        model = load_model(self.source.directory, dtype) if trained else model_of(self.source, dtype)
+        if dtype == torch.float32 and self.source.ours:
             round_unquantized(model, self.source.qat.modules)
         return model
 

@@ -21,6 +21,9 @@ MLX: Prefixes = (
     ("lm_head.", "language_model.lm_head."),
 )
 SGLANG: Prefixes = (("model.visual.", "visual."), ("model.language_model.", "model."))
+# modules_to_not_convert. Both names of the tower: transformers matches anchored paths, vLLM and SGLang substrings
+# (DESIGN section 6).
+AWQ_NOT_CONVERTED = ["visual", "model.visual", "lm_head"]
 # The text model as the gguf package's name map knows it, and the tower.
 GGUF_TEXT: Prefixes = (("model.language_model.", "model."), ("lm_head.", "lm_head."))
 GGUF_VISION: Prefixes = (("model.visual.", "visual."),)

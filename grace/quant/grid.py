@@ -155,6 +155,16 @@ def init_theta(weight_OI: Tensor, group_size: int = 128, bits: int = 4) -> Tenso
     return theta_OG
 
 
+def absmax_theta(weight_OI: Tensor, group_size: int = 128, bits: int = 4) -> Tensor:
+    """Log-scales that put the largest weight of each group on the largest code: snap(max|W| / (2^(b-1) - 1)).
+
+    Arguments, result and errors as `init_theta`, which this is the usual rival of.
+    """
+    _, high = code_range(bits)
+    _require_finite(weight_OI, "weight")
+    return snap(grouped(weight_OI.detach(), group_size).abs().amax(-1).double() / high).log()
+
+
 def _best_scale(weight_OGS: Tensor, low: int, high: int) -> Tensor:
     """The snapped candidate scale [O, G] with the least squared error."""
     # Candidates in float64, so that which bfloat16 they snap to does not hang on float32 rounding.

@@ -8,7 +8,7 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from torch import Tensor
 from grace.checked_files import INDEX, WEIGHTS, read_json
 from grace.checkpoint import read_qat
 from grace.errors import UserError
+from grace.kernels import registry
 from grace.kernels.awq_layout import unpack_transposed
 from grace.models.stored import require_loadable
 from grace.quant.grid import dequantize
@@ -49,10 +50,12 @@ def inspect_checkpoint(directory: str | Path) -> dict[str, Any]:
 
     Returns:
         `{"kind", "bits", "group_size", "layers": [{"name", "bits", "group_size", "shape", "scale_min",
-        "scale_max", "histogram", "snr_db", "snr_reason", "bytes"}], "totals": {...}}`. `histogram`
+        "scale_max", "histogram", "snr_db", "snr_reason", "bytes"}], "totals": {...}, "kernels": [{"layers", "count", "device", "kernel"}]}`. `histogram`
         counts codes from the lowest to the highest in 2^bits bins, at most 16 (8 bits: 16 codes to a
         bin). `snr_db` is 10 log10(sum W^2 / sum (W - W_hat)^2) against the fp32 latents, null with a
         reason where they are not stored. `bytes` are as stored: a QAT checkpoint's are one byte per code.
+        `kernels` says what `--kernel auto` runs on this machine, by class of layers; nothing for a QAT
+        checkpoint, which runs dense.
 
     Raises:
         UserError: nothing quantized there, or damaged files.
@@ -85,7 +88,22 @@ def inspect_checkpoint(directory: str | Path) -> dict[str, Any]:
     return {
         "directory": str(directory), "kind": kind, "bits": layers[0]["bits"],
         "group_size": layers[0]["group_size"], "layers": layers, "totals": totals,
+        "kernels": _kernels(layers) if kind == "awq" else [],
     }  # fmt: skip
+
+
+def _kernels(layers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What `--kernel auto` runs on this machine, by class of layers."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    described = []
+    for layer in layers:
+        out_features, in_features = layer["shape"]
+        shape = registry.Shape(in_features, out_features, layer["group_size"])
+        described.append((layer["name"], registry.describe(shape, "auto", device)))
+    return [
+        {"layers": names, "count": count, "device": device.type, "kernel": text}
+        for names, count, text in registry.classes(described)
+    ]
 
 
 def _qat_layers(directory: Path) -> Iterator[_Layer]:
@@ -217,6 +235,10 @@ def run_inspect(args: argparse.Namespace) -> int:
         return 0
     console = Console(width=None if sys.stdout.isatty() else 160)
     console.print(inspect_table(report))
+    for kernel in report["kernels"]:
+        console.print(
+            f"{kernel['layers']} ({kernel['count']}) here, on {kernel['device']}: {kernel['kernel']}"
+        )
     reasons = sorted({layer["snr_reason"] for layer in report["layers"] if layer["snr_reason"]})
     if reasons:
         console.print(f"SNR unknown: {'; '.join(reasons)}")

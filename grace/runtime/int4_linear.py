@@ -7,7 +7,6 @@ was loaded.
 Shape suffixes: M tokens, I input features, O output features, G groups along the input, W words (= O / 8).
 """
 
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -15,14 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from grace.errors import UserError
-from grace.kernels import aten, dequant, reference
+from grace.kernels import registry
+from grace.kernels.registry import Choice, Shape, Stored
 
-KERNELS = ("auto", "aten", "dequant", "reference")
-
-# `auto` multiplies up to this many tokens with ATen's fused kernel, more by dequantizing first: where the
-# two meet in benchmarks/int4_cpu.py at the linear shapes of the 2B model, one core of an AVX-512 EPYC with
-# bfloat16 arithmetic: 133 and 136 in two runs. The same processor held to AVX2, where the dense product is fp32: about 130.
-ATEN_MAX_TOKENS = 128
+KERNELS = registry.NAMES
+__all__ = [
+    "KERNELS",
+    "Int4Linear",
+    "describe_kernels",
+    "int4_linears",
+    "set_kernel",
+]
 
 
 class Int4Linear(nn.Module):
@@ -32,8 +34,8 @@ class Int4Linear(nn.Module):
         in_features, out_features: multiples of `group_size` and of 8.
         bias: whether the layer has one.
         group_size: inputs per scale.
-        kernel: one of `KERNELS`. `auto` picks per call, by the rule in `chosen_kernel`; any other
-            choice is used for every call, and raises where it cannot run.
+        kernel: one of `KERNELS`. `auto` picks per call, by the rule in `grace.kernels.registry.choose`; any
+            other choice is used for every call, and raises where it cannot run.
 
     Raises:
         ValueError: a shape that the format cannot hold, or an unknown kernel.
@@ -64,33 +66,31 @@ class Int4Linear(nn.Module):
         self.register_buffer("scales", torch.zeros(groups, out_features, dtype=torch.float16, device=device))
         empty = torch.zeros(out_features, device=device) if bias else None
         self.bias = None if empty is None else nn.Parameter(empty, requires_grad=False)
-        self._aten_weight: aten.AtenWeight | None = None
+        self.shape = Shape(in_features, out_features, group_size)
+        self._prepared: dict[tuple[str, torch.dtype], Any] = {}
         self.set_kernel(kernel)
 
     def set_kernel(self, kernel: str) -> None:
         """Chooses the kernel of all later calls.
 
         Raises:
-            ValueError: an unknown name, or a kernel that cannot hold a layer of this shape.
+            ValueError: an unknown name, or a kernel that cannot run this layer where it is.
         """
         if kernel not in KERNELS:
             raise ValueError(f"unknown kernel {kernel!r}: choose one of {', '.join(KERNELS)}")
-        obstacle = aten.shape_obstacle(self.out_features, self.group_size) if kernel == "aten" else None
-        if obstacle:
-            raise ValueError(obstacle)
+        if kernel != "auto":
+            obstacle = registry.KERNELS[kernel].layer_obstacle(self.shape, self.qweight.device)
+            if obstacle:
+                raise ValueError(obstacle)
         self.kernel = kernel
 
-    def chosen_kernel(self, x: Tensor) -> str:
-        """The kernel that `forward(x)` runs.
-
-        For `auto`: ATen for up to `ATEN_MAX_TOKENS` bfloat16 tokens on the CPU where the layer's shape
-        allows it, else dequantize and multiply.
-        """
-        if self.kernel != "auto":
-            return self.kernel
-        tokens = x.numel() // self.in_features
-        fits = aten.shape_obstacle(self.out_features, self.group_size) is None
-        return "aten" if fits and aten.input_obstacle(x) is None and tokens <= ATEN_MAX_TOKENS else "dequant"
+    def choice(self, x: Tensor) -> Choice:
+        """The kernel that `forward(x)` runs, and why."""
+        return (
+            registry.choose(self.shape, x)
+            if self.kernel == "auto"
+            else Choice(self.kernel, "it was asked for")
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] to [..., out_features], in the type of x.
@@ -99,20 +99,22 @@ class Int4Linear(nn.Module):
             ValueError: the chosen kernel cannot run on these activations.
         """
         x_MI = x.reshape(-1, self.in_features)
-        y_MO = self._matmul(x_MI, self.chosen_kernel(x_MI))
-        if self.bias is not None:
-            y_MO = y_MO + self.bias.to(y_MO.dtype)
+        y_MO = self._matmul(x_MI, self.choice(x_MI).kernel)
         return y_MO.view(*x.shape[:-1], self.out_features)
 
-    def _matmul(self, x_MI: Tensor, kernel: str) -> Tensor:
-        if kernel == "aten":
-            if self._aten_weight is None:
-                self._aten_weight = aten.prepare(self.qweight, self.qzeros, self.scales, self.group_size)
-            return aten.matmul(x_MI, self._aten_weight)
-        stored = (self.qweight, self.qzeros, self.scales, self.group_size)
-        if kernel == "dequant":
-            return dequant.matmul(x_MI, *stored)
-        return reference.matmul(x_MI, *stored).to(x_MI.dtype)
+    def _matmul(self, x_MI: Tensor, name: str) -> Tensor:
+        kernel = registry.KERNELS[name]
+        if self.kernel != "auto":
+            obstacle = kernel.layer_obstacle(self.shape, x_MI.device) or kernel.input_obstacle(x_MI)
+            if obstacle:
+                raise ValueError(obstacle)
+        weight: Any = Stored(self.qweight, self.qzeros, self.scales, self.group_size)
+        if kernel.prepare:
+            key = (name, x_MI.dtype)
+            if key not in self._prepared:
+                self._prepared[key] = kernel.prepare(weight, x_MI.dtype)
+            weight = self._prepared[key]
+        return kernel.matmul(x_MI, weight, self.bias)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Int4Linear":
         """Moves the layer between devices; `model.bfloat16()` and the like leave the fp16 scales exact."""
@@ -120,12 +122,18 @@ class Int4Linear(nn.Module):
         super()._apply(fn, recurse)
         if self.scales.dtype != torch.float16:
             self.scales = scales.to(self.scales.device)
-        self._aten_weight = None
+        self._prepared.clear()
         return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """Tensors of their own, also where they are columns of a wider layer (`grace.runtime.joined`)."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in ("qweight", "qzeros", "scales"):
+            destination[prefix + name] = destination[prefix + name].contiguous()
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._aten_weight = None
+        self._prepared.clear()
 
     def extra_repr(self) -> str:
         return (
@@ -160,19 +168,13 @@ def set_kernel(model: nn.Module, kernel: str) -> None:
 
 
 def describe_kernels(model: nn.Module) -> str:
-    """One line for people: which kernels the packed layers use."""
-    layers = int4_linears(model)
-    if not layers:
+    """One line for people: which kernels the packed layers use, and which of them where they differ."""
+    classes = registry.classes(
+        (name, registry.describe(layer.shape, layer.kernel, layer.qweight.device))
+        for name, layer in int4_linears(model).items()
+    )
+    if not classes:
         return "dense layers only"
-    counts = Counter(_kernel_text(layer) for layer in layers.values())
-    return "; ".join(f"{count} packed layers: {text}" for text, count in counts.items())
-
-
-def _kernel_text(layer: Int4Linear) -> str:
-    if layer.kernel != "auto":
-        return layer.kernel
-    obstacle = aten.shape_obstacle(layer.out_features, layer.group_size)
-    if obstacle or layer.qweight.device.type != "cpu":
-        return f"dequantize + dense ({obstacle or 'no fused kernel for ' + layer.qweight.device.type})"
-    dense = "bfloat16" if dequant.cpu_multiplies_bfloat16() else "float32"
-    return f"ATen int4 up to {ATEN_MAX_TOKENS} bfloat16 tokens, else dequantize + dense {dense}"
+    if len(classes) == 1:
+        return f"{classes[0][1]} packed layers: {classes[0][2]}"
+    return "; ".join(f"{count} packed layers ({names}): {text}" for names, count, text in classes)

@@ -12,7 +12,9 @@ from grace.checkpoint import is_qat
 from grace.errors import UserError
 from grace.models.config_check import require_possible
 from grace.models.stored import config_for, require_loadable
-from grace.runtime.hf_quantizer import MODULES_FILE
+from grace.runtime.hf_quantizer import MODULES_FILE, register
+
+register()
 
 
 def checkpoint_kind(directory: Path) -> str:

@@ -54,6 +54,8 @@ def test_totals(report, qat_run: Path):
 
 def test_the_packed_directory_holds_the_same(report, awq_dir: Path):
     packed = inspect_checkpoint(awq_dir)
+    assert sum(kernel["count"] for kernel in packed["kernels"]) == 28 and report["kernels"] == []
+    assert all(kernel["kernel"] and kernel["device"] in ("cpu", "cuda") for kernel in packed["kernels"])
     assert packed["kind"] == "awq"
     same = ("name", "bits", "group_size", "shape", "scale_min", "scale_max", "histogram")
     for layer, trained in zip(packed["layers"], report["layers"], strict=True):

@@ -8,9 +8,9 @@ from torch import nn
 
 from grace.errors import UserError
 from grace.export import awq
-from grace.kernels import aten, dequant, reference
+from grace.kernels import aten, compiled, dequant, reference
+from grace.kernels.crossover import DEFAULT_TOKENS
 from grace.runtime.int4_linear import (
-    ATEN_MAX_TOKENS,
     Int4Linear,
     describe_kernels,
     int4_linears,
@@ -54,13 +54,14 @@ def assert_close(result: torch.Tensor, oracle: torch.Tensor, tolerance: float) -
         ("dequant", torch.bfloat16, 2**-7),
         ("dequant", torch.float32, 1e-5),
         ("reference", torch.float32, 1e-6),
+        ("triton", torch.bfloat16, 2**-7),
         ("auto", torch.bfloat16, 2**-7),
         ("auto", torch.float16, 2e-3),
     ],
 )
 def test_kernels_match_the_oracle(kernel: str, dtype: torch.dtype, tolerance: float, bias: bool):
     layer = packed_layer(bias=bias, kernel=kernel)
-    for shape in [(256,), (1, 256), (3, 256), (2, 5, 256), (ATEN_MAX_TOKENS + 1, 256), (0, 256)]:
+    for shape in [(256,), (1, 256), (3, 256), (2, 5, 256), (DEFAULT_TOKENS + 1, 256), (0, 256)]:
         x = torch.randn(*shape, generator=torch.Generator().manual_seed(1)).to(dtype)
         result = layer(x)
         assert result.dtype == dtype
@@ -70,15 +71,16 @@ def test_kernels_match_the_oracle(kernel: str, dtype: torch.dtype, tolerance: fl
             assert result.shape == (0, 48)
 
 
-def test_auto_goes_by_type_and_number_of_tokens():
+def test_auto_goes_by_type_and_number_of_tokens(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(compiled, "obstacle", lambda: "gcc is not installed")
     layer = packed_layer()
     few, many = (
-        torch.zeros(tokens, 256, dtype=torch.bfloat16) for tokens in (ATEN_MAX_TOKENS, ATEN_MAX_TOKENS + 1)
+        torch.zeros(tokens, 256, dtype=torch.bfloat16) for tokens in (DEFAULT_TOKENS, DEFAULT_TOKENS + 1)
     )
-    assert layer.chosen_kernel(few) == "aten" and layer.chosen_kernel(many) == "dequant"
-    assert layer.chosen_kernel(few.view(2, -1, 256)) == "aten"
-    assert layer.chosen_kernel(few.float()) == layer.chosen_kernel(few.half()) == "dequant"
-    assert packed_layer(out_features=24).chosen_kernel(few) == "dequant"  # not a multiple of 16
+    assert layer.choice(few).kernel == "aten" and layer.choice(many).kernel == "dequant"
+    assert layer.choice(few.view(2, -1, 256)).kernel == "aten"
+    assert layer.choice(few.float()).kernel == layer.choice(few.half()).kernel == "dequant"
+    assert packed_layer(out_features=24).choice(few).kernel == "dequant"  # not a multiple of 16
 
 
 def test_the_chosen_kernel_is_the_one_that_runs(monkeypatch: pytest.MonkeyPatch):
@@ -100,6 +102,7 @@ def test_a_kernel_that_fails_raises(monkeypatch: pytest.MonkeyPatch):
     def broken(*args: object) -> None:
         raise RuntimeError("no such instruction")
 
+    monkeypatch.setattr(compiled, "obstacle", lambda: "gcc is not installed")
     monkeypatch.setattr(aten, "matmul", broken)
     for kernel in ("auto", "aten"):
         with pytest.raises(RuntimeError, match="no such instruction"):
@@ -116,6 +119,20 @@ def test_a_kernel_that_cannot_run_raises():
     for shape in [(200, 16), (256, 12)]:
         with pytest.raises(ValueError, match="AWQ needs"):
             Int4Linear(*shape)
+
+
+def test_kernels_of_other_devices_are_refused_with_what_to_do(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    model = nn.Sequential(packed_layer())
+    for kernel, message in {
+        "triton": "run on a CUDA device",
+        "gptqmodel": "pip install gptqmodel|CUDA device",
+    }.items():
+        with pytest.raises(
+            UserError, match=f"kernel '{kernel}' cannot run 0 .*({message}).*choose auto or dequant"
+        ):
+            set_kernel(model, kernel)
+    assert int4_linears(model)["0"].kernel == "auto"
 
 
 def test_running_changes_nothing_that_is_stored():
@@ -151,7 +168,8 @@ def test_conversions_leave_the_packed_tensors_exact(convert):
     assert_close(converted(x), oracle, 2**-6)
 
 
-def test_one_kernel_for_a_model_or_none():
+def test_one_kernel_for_a_model_or_none(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(compiled, "obstacle", lambda: "gcc is not installed")
     model = nn.Sequential(packed_layer(), nn.Linear(48, 48), packed_layer(out_features=24))
     assert set(int4_linears(model)) == {"0", "2"}
     with pytest.raises(UserError, match="cannot run 2 .*divisible by 16"):
@@ -160,6 +178,9 @@ def test_one_kernel_for_a_model_or_none():
     set_kernel(model, "dequant")
     assert describe_kernels(model) == "2 packed layers: dequant"
     set_kernel(model, "auto")
-    assert f"ATen int4 up to {ATEN_MAX_TOKENS}" in describe_kernels(model)
-    assert "divisible by 16" in describe_kernels(model)
+    assert f"ATen int4 up to {DEFAULT_TOKENS}" in describe_kernels(model)
+    assert (
+        "1 packed layers (2): dequantize + dense (ATen's int4 matmul needs out_features divisible by 16"
+        in (describe_kernels(model))
+    )
     assert describe_kernels(nn.Linear(1, 1)) == "dense layers only"
