@@ -286,8 +286,8 @@ def _parts(shape: tuple[int, int], group_size: int) -> list[Part]:
 
     return [
         Part("qweight", torch.int32, (in_features, words), lambda w: pack_codes(checked(w).codes_OI)),
-        Part("qzeros", torch.int32, (groups, words), lambda w: zero_words(checked(w).scales_OG, w.zeros_OG)),
-        Part("scales", torch.float16, (groups, out_features), lambda w: pack_scales(checked(w).scales_OG)),
+        Part("qzeros", torch.int32, (groups, words), lambda w: zero_words(w.scales_OG, w.zeros_OG), True),
+        Part("scales", torch.float16, (groups, out_features), lambda w: pack_scales(w.scales_OG), True),
     ]
 
 

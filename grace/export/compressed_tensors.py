@@ -149,13 +149,13 @@ def _parts(shape: tuple[int, int], source: Source) -> list[Part]:
             (outputs, inputs * bits // 32),
             lambda weight: pack_words(weight.codes_OI, bits),
         ),
-        Part("weight_scale", source.scale_dtype, (outputs, groups), lambda weight: weight.scales_OG),
-        Part("weight_shape", torch.int64, (2,), lambda weight: torch.tensor(weight.codes_OI.shape)),
+        Part("weight_scale", source.scale_dtype, (outputs, groups), lambda weight: weight.scales_OG, True),
+        Part("weight_shape", torch.int64, (2,), lambda weight: torch.tensor(shape), True),
     ]
     if not source.symmetric:
         zeros = (outputs * bits // 32, groups)
         parts.append(
-            Part("weight_zero_point", torch.int32, zeros, lambda weight: _packed_zeros(weight, bits))
+            Part("weight_zero_point", torch.int32, zeros, lambda weight: _packed_zeros(weight, bits), True)
         )
     return parts
 

@@ -91,6 +91,11 @@ class Modules(Mapping[str, QuantizedWeight]):
                 _require_codes(name, "zero points", zeros_OG, shape, self.bits)
         return scales_OG, zeros_OG
 
+    def without_codes(self, name: str) -> QuantizedWeight:
+        """Scales and zero points of one linear, its codes left out; errors as of `[name]`."""
+        scales_OG, zeros_OG = self.grid(name)
+        return QuantizedWeight(torch.empty(0, dtype=torch.int8), scales_OG, zeros_OG=zeros_OG)
+
     def mapped(self, change: Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]) -> "Modules":
         """The same codes with other scales and zero points."""
         return Modules(

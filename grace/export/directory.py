@@ -14,7 +14,7 @@ from torch import Tensor
 from grace.checked_files import MEND
 from grace.checkpoint import QuantizedWeight, copy_verbatim_files
 from grace.errors import UserError
-from grace.export.contents import Source, is_tied
+from grace.export.contents import Source, is_tied, modules_of
 from grace.export.shards import write_weights
 from grace.export.stream import Entry
 from grace.models.foreign_names import layer_name
@@ -22,12 +22,16 @@ from grace.models.foreign_names import layer_name
 
 @dataclass(frozen=True)
 class Part:
-    """One stored tensor of a quantized linear, made from its codes and scales when it is written."""
+    """One stored tensor of a quantized linear, made from its codes and scales when it is written.
+
+    With `grid_only` it is made from scales and zero points alone, and the codes are not read for it.
+    """
 
     suffix: str
     dtype: torch.dtype
     shape: tuple[int, ...]
     make: Callable[[QuantizedWeight], Tensor]
+    grid_only: bool = False
 
 
 def dense_names(source: Source) -> list[str]:
@@ -86,11 +90,11 @@ def packed_entries(
         label: the format, for messages.
         stored_name: the module's name in the export, where it is not the base model's.
     """
-    modules = source.qat.modules
+    modules = modules_of(source)
 
     def made(part: Part) -> Tensor:
         try:
-            return part.make(modules[name])
+            return part.make(modules.without_codes(name) if part.grid_only else modules[name])
         except ValueError as error:
             raise UserError(
                 f"{name} cannot be written as {label} ({error}): export it with --format qat"

@@ -167,8 +167,8 @@ def _parts(shape: tuple[int, int], source: Source) -> list[Part]:
             (outputs, inputs * bits // 32),
             lambda weight: pack_words(weight.codes_OI, bits).view(torch.uint32),
         ),
-        Part("scales", dtype, grouped, lambda weight: weight.scales_OG.to(dtype)),
-        Part("biases", dtype, grouped, lambda weight: _biases(weight, bits, dtype)),
+        Part("scales", dtype, grouped, lambda weight: weight.scales_OG.to(dtype), True),
+        Part("biases", dtype, grouped, lambda weight: _biases(weight, bits, dtype), True),
     ]
 
 

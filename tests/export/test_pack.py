@@ -171,7 +171,7 @@ def truncate(path: Path) -> None:
         (lambda run: truncate(run / "model" / "model.safetensors"), "damaged"),
         (lambda run: truncate(run / "model" / "grace_qat" / "state.safetensors"), "damaged"),
         (lambda run: (run / "model" / "grace_qat" / "info.json").write_text("{"), "damaged"),
-        (lambda run: (run / "model" / "config.json").write_text("{"), "damaged"),
+        (lambda run: (run / "model" / "config.json").write_text("{"), "cannot be read"),
         (lambda run: (run / "model" / "tokenizer.json").unlink(), "processor"),
     ],
 )
