@@ -46,10 +46,9 @@ class Int4AwqQuantizer(HfQuantizer):
         config: Any = self.quantization_config
         group_size = int(config.group_size)
         files = kwargs.get("checkpoint_files") or ()
-        listed = listed_modules(files)
-        if listed is None:
-            listed = stored_modules(files) if files else self.modules_by_rule(model)
-        names = listed
+        names = listed_modules(files)
+        if names is None:
+            names = stored_modules(files) if files else self.modules_by_rule(model)
         put_int4_linears(model, names, group_size)
 
     def modules_by_rule(self, model: Any) -> list[str]:

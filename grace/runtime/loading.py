@@ -7,13 +7,13 @@ from typing import Any, cast
 import torch
 from transformers import AutoModelForImageTextToText
 
-from grace.checked_files import DamagedFile, read_json, reason_of, shown
+from grace.checked_files import MEND, DamagedFile, damage_of, read_json, reason_of, shown
 from grace.checkpoint import is_qat
 from grace.errors import UserError
 from grace.models.config_check import require_possible
 from grace.models.stored import config_for, require_loadable
 from grace.runtime.direct_loading import load_packed
-from grace.runtime.hf_quantizer import register
+from grace.runtime.hf_quantizer import MODULES_FILE, register
 
 register()
 
@@ -42,7 +42,7 @@ def checkpoint_kind(directory: Path) -> str:
     elif block:
         method = block.get("quant_method") if isinstance(block, dict) else None
         method = method or "an unknown method"
-    elif is_packed(config):
+    elif is_packed(config, directory):
         method = "awq"
     if method not in (None, "awq"):
         raise UserError(
@@ -51,9 +51,11 @@ def checkpoint_kind(directory: Path) -> str:
     return "awq" if method else "qat" if is_qat(directory) else "plain"
 
 
-def is_packed(config: Mapping[str, Any]) -> bool:
-    """Whether this is the config of a packed checkpoint of the public GRACE code: AWQ that stock loaders take for none."""
-    return "awq_packing" in config and not config.get("quantization_config")
+def is_packed(config: Mapping[str, Any], directory: Path) -> bool:
+    """Whether this is a packed checkpoint of the public GRACE code: AWQ that stock loaders take for none."""
+    return not config.get("quantization_config") and (
+        "awq_packing" in config or (directory / MODULES_FILE).exists()
+    )
 
 
 def require_tokenizer(directory: Path) -> None:
@@ -72,7 +74,7 @@ def load_model(directory: Path, dtype: torch.dtype | None = None) -> Any:
     """
     require_loadable(directory)
     config = config_for(str(directory))
-    if is_packed(config.to_dict()):
+    if is_packed(config.to_dict(), directory):
         config.quantization_config = packed_block(config.to_dict(), directory)
     elif checkpoint_kind(directory) == "awq" and (direct := load_packed(directory, dtype)) is not None:
         return direct
@@ -114,12 +116,15 @@ def _require_ends(model: Any, directory: Path) -> None:
 
 
 def packed_block(config: Mapping[str, Any], directory: Path) -> dict[str, Any]:
-    """The standard AWQ block that says what `awq_packing` says.
+    """The standard AWQ block of a directory that says the same in its own way.
 
     Raises:
         UserError: it says nothing that can be read.
     """
-    packing = config["awq_packing"]
+    packing = config.get("awq_packing")
+    if packing is None:
+        with damage_of(directory, MEND):
+            packing = read_json(directory / MODULES_FILE)
     if not isinstance(packing, Mapping):
         raise UserError(f"{directory}/config.json is damaged (awq_packing is no table): restore it")
     return {

@@ -69,6 +69,10 @@ def test_packed_checkpoints_of_the_public_code(tiny_student_dir: Path, tmp_path:
     figures = inspect_checkpoint(tmp_path / "packed")
     assert figures["kind"] == "awq" and figures["totals"]["layers"] == len(linears)
     config = json.loads((tmp_path / "packed" / "config.json").read_text())
+    packing = config.pop("awq_packing")
+    (tmp_path / "packed" / "config.json").write_text(json.dumps(config))  # the list of modules says it too
+    assert torch.equal(logits(load(tmp_path / "packed", torch.float32).model), logits(engine.model))
+    assert packing["group_size"] == 128
     (tmp_path / "packed" / "config.json").write_text(json.dumps({**config, "awq_packing": [4, 128]}))
     for use in (load, inspect_checkpoint):
         with pytest.raises(UserError, match="awq_packing is no table"):
