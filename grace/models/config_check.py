@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from grace.checked_files import damage_of, read_json, shown
+from grace.checked_files import DamagedFile, read_json, shown
 from grace.errors import UserError
 
 MODEL_TYPE = "qwen3_vl"
@@ -32,8 +32,12 @@ def read_config(directory: Path) -> dict[str, Any]:
     Raises:
         UserError: none, not one, of another model, or of impossible sizes.
     """
-    with damage_of(directory, "give a Qwen3-VL directory"):
+    try:
         stored = read_json(directory / "config.json")
+    except (OSError, DamagedFile) as error:
+        raise UserError(
+            f"{directory}/config.json cannot be read ({error}): give a Qwen3-VL directory"
+        ) from error
     require_possible(stored, directory)
     return stored
 
@@ -42,8 +46,8 @@ def require_possible(stored: Mapping[str, Any], directory: Path) -> None:
     """Raises `UserError` unless this is a Qwen3-VL config whose sizes a model can have."""
     kind = stored.get("model_type")
     if kind != MODEL_TYPE:
-        known = shown(kind) if isinstance(kind, str) else "unknown"
-        raise UserError(f"{directory} holds a model of type {known}: GRACE knows Qwen3-VL ({MODEL_TYPE})")
+        what = f"a {shown(kind)[1:-1]} model" if isinstance(kind, str) else "a model of unknown type"
+        raise UserError(f"{directory} holds {what}: GRACE knows Qwen3-VL ({MODEL_TYPE})")
     for section, limits in _LIMITS.items():
         settings = stored.get(section, {})
         if not isinstance(settings, Mapping):

@@ -62,8 +62,18 @@ def skeleton(config: Qwen3VLConfig) -> Qwen3VLForConditionalGeneration:
 
 
 def parameter_shapes(config: Qwen3VLConfig) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor of a checkpoint, by name; a tied head is not among them."""
-    return {name: tuple(tensor.shape) for name, tensor in skeleton(config).named_parameters()}
+    """The shape of every tensor of a checkpoint, by name; a tied head is not among them.
+
+    Raises:
+        UserError: no model can be made of this config.
+    """
+    try:
+        model = skeleton(config)
+    except Exception as error:  # whatever a module makes of settings that it never expected
+        raise UserError(
+            f"config.json makes no model ({reason_of(error)}): give a Qwen3-VL directory"
+        ) from error
+    return {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
 
 
 def from_tensors(
@@ -102,16 +112,17 @@ def require_loadable(directory: Path) -> None:
         module = name.removesuffix(".weight")
         expected = {name: shape}
         if f"{module}.qweight" in stored and len(shape) == 2:  # an AWQ linear
-            groups = stored.get(f"{module}.scales", (0,))[0]
+            groups = (stored.get(f"{module}.scales") or (0,))[0]
             outputs, inputs = shape
             expected = {
                 f"{module}.qweight": (inputs, outputs // 8),
                 f"{module}.qzeros": (groups, outputs // 8),
                 f"{module}.scales": (groups, outputs),
             }
+        missing = sorted(set(expected) - set(stored))
+        if missing:
+            raise UserError(f"{directory} is damaged (missing keys, e.g. {missing[0]}): {MEND}")
         for part, wanted in expected.items():
-            if part not in stored:
-                raise UserError(f"{directory} is damaged (missing keys, e.g. {part}): {MEND}")
             if stored[part] != wanted:
                 raise UserError(
                     f"{directory} is damaged ({shown(part)} is {stored[part]}, its config.json says {wanted}): {MEND}"

@@ -114,12 +114,12 @@ CONFIGS = {
     "heads that do not fit": ({"text_config__num_attention_heads": 7}, "its config.json says|cannot be read"),
     "no text": ({"text_config": 7}, "text_config"),
     "deepstack beyond the tower": ({"vision_config__deepstack_visual_indexes": [99]}, "deepstack"),
-    "another model": ({"model_type": "llava"}, "model of type 'llava'"),
+    "another model": ({"model_type": "llava"}, "a llava model"),
     "code of its own": (
         {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Evil", "AutoModel": "evil.Evil"}},
-        "model of type 'evil'",
+        "an? evil model",
     ),
-    "no model type": ({"model_type": ["qwen3_vl"]}, "model of type unknown"),
+    "no model type": ({"model_type": ["qwen3_vl"]}, "model of unknown type"),
 }
 
 

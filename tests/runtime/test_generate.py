@@ -152,7 +152,7 @@ def test_settings_out_of_range_stop_before_loading(change, monkeypatch: pytest.M
         (lambda path: (path / "config.json").unlink(), "no config.json"),
         (lambda path: (path / "config.json").write_text("{"), "cannot be read"),
         (lambda path: (path / "config.json").write_text("[]"), "cannot be read"),
-        (lambda path: (path / "config.json").write_text('{"model_type": "bert"}'), "model of type 'bert'"),
+        (lambda path: (path / "config.json").write_text('{"model_type": "bert"}'), "a bert model"),
         (lambda path: (path / "tokenizer.json").unlink(), "no tokenizer.json"),
         (lambda path: (path / "processor_config.json").unlink(), "processor"),
         (lambda path: (path / "model.safetensors").unlink(), "is damaged"),
