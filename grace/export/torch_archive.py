@@ -1,9 +1,9 @@
-"""Reads tensors out of what `torch.save` wrote, without running any of it and without reading it whole.
+"""Reads tensors out of what `torch.save` wrote, without running any of it and without holding it whole.
 
 Such a file is a zip archive with a pickle in it. Before torch sees it, the archive must be one that torch
 writes (nothing compressed, so that no small file unfolds into a large one) and every name in the pickle one
-of those that rebuild a plain tensor. Then torch unpickles it with `weights_only=True` onto the meta device,
-which gives types, shapes and positions; the bytes are read from the file one tensor at a time.
+of those that rebuild a plain tensor. Then torch maps it with `weights_only=True`, and each tensor is copied
+out when it is asked for; the map is renewed now and then, since pages that were looked at stay resident.
 """
 
 import os
@@ -19,12 +19,11 @@ import torch
 from torch import Tensor
 
 from grace.checked_files import DamagedFile, open_regular, reason_of, shown
-from grace.export.stream import read_tensor
 
 _PICKLE_LIMIT = 2**24  # bytes; 600 tensors take some 80 kB
 _DIRECTORY_LIMIT = 2**24
 _MAX_ENTRIES = 2**16
-_LOCAL_HEADER = 30
+_RESIDENT_LIMIT = 2**28  # bytes copied out before the map is renewed
 _NAMES = {
     "collections OrderedDict",
     "torch._utils _rebuild_tensor_v2",
@@ -35,11 +34,10 @@ _NAMES = {
 
 @dataclass(frozen=True)
 class ArchivedTensor:
-    """Where one tensor lies in the file."""
+    """What is known of a tensor without reading it."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
-    start: int
 
 
 class TorchFile:
@@ -52,23 +50,44 @@ class TorchFile:
 
     def __init__(self, path: Path):
         self.path = path
-        records = _records(path)
-        try:
-            loaded = torch.load(path, map_location="meta", weights_only=True, mmap=False)
-        except Exception as error:  # torch raises whatever the pickle made it do
-            raise DamagedFile(f"{path.name} cannot be read ({reason_of(error)})") from error
-        if not isinstance(loaded, Mapping):
-            raise DamagedFile(f"{path.name} holds a {type(loaded).__name__}, not tensors by name")
-        self.entries = {str(name): _entry(path, name, value, records) for name, value in loaded.items()}
+        _require_archive(path)
+        self._mapped, self._read_bytes = _mapped(path), 0
+        self.entries = {
+            name: ArchivedTensor(tensor.dtype, tuple(tensor.shape)) for name, tensor in self._mapped.items()
+        }
 
     def read(self, name: str) -> Tensor:
         """One whole tensor."""
-        entry = self.entries[name]
-        return read_tensor(self.path, entry.start, entry.shape, entry.dtype)
+        if self._read_bytes > _RESIDENT_LIMIT:
+            self._mapped, self._read_bytes = _mapped(self.path), 0
+        tensor = self._mapped[name]
+        self._read_bytes += tensor.nbytes
+        return tensor.clone()
 
 
-def _records(path: Path) -> dict[int, int]:
-    """Start and length of every record, after the archive and its pickle have been looked through."""
+def _mapped(path: Path) -> dict[str, Tensor]:
+    """The tensors, none of them read yet.
+
+    Raises:
+        DamagedFile: there is something else among them, or one that its bytes do not make up.
+    """
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch raises whatever the pickle made it do
+        raise DamagedFile(f"{path.name} cannot be read ({reason_of(error)})") from error
+    if not isinstance(loaded, Mapping):
+        raise DamagedFile(f"{path.name} holds a {type(loaded).__name__}, not tensors by name")
+    for name, value in loaded.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor) or value.layout != torch.strided:
+            raise DamagedFile(f"{path.name} holds {shown(name)}, a {type(value).__name__}, not a tensor")
+        end = value.storage_offset() * value.element_size() + value.nbytes
+        if not value.is_contiguous() or end > value.untyped_storage().nbytes():
+            raise DamagedFile(f"{path.name}: {shown(name)} does not fit its bytes")
+    return dict(loaded)
+
+
+def _require_archive(path: Path) -> None:
+    """Raises `DamagedFile` unless a file is an archive that torch writes, with tensors alone in its pickle."""
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         _require_small_directory(path, file, size)
@@ -81,17 +100,13 @@ def _records(path: Path) -> dict[int, int]:
                     and not entry.flag_bits & 1
                     for entry in entries
                 )
-                if (
-                    not plain
-                    or sum(entry.file_size for entry in entries) > size
-                    or len(entries) > _MAX_ENTRIES
-                ):
+                total = sum(entry.file_size for entry in entries)
+                if not plain or total > size or len(entries) > _MAX_ENTRIES:
                     raise DamagedFile(f"{path.name} is compressed, or speaks of more bytes than it has")
-                pickles = [entry for entry in entries if entry.filename.endswith("/data.pkl")]
+                pickles = [entry for entry in entries if entry.filename.lower().endswith("data.pkl")]
                 if len(pickles) != 1 or pickles[0].file_size > _PICKLE_LIMIT:
                     raise DamagedFile(f"{path.name} is not what torch.save writes")
                 _require_tensors_only(path, archive.read(pickles[0]))
-                return {_start(file, entry): entry.file_size for entry in entries}
         except DamagedFile:
             raise
         except (zipfile.BadZipFile, OSError, ValueError, EOFError, RuntimeError, struct.error) as error:
@@ -114,13 +129,6 @@ def _require_small_directory(path: Path, file: Any, size: int) -> None:
     file.seek(0)
 
 
-def _start(file: Any, entry: zipfile.ZipInfo) -> int:
-    """Where a record's bytes begin: behind its header, whose two texts have lengths of their own."""
-    file.seek(entry.header_offset)
-    name_length, extra_length = struct.unpack("<26xHH", file.read(_LOCAL_HEADER))
-    return entry.header_offset + _LOCAL_HEADER + name_length + extra_length
-
-
 def _require_tensors_only(path: Path, pickled: bytes) -> None:
     """Raises `DamagedFile` if a pickle calls for anything but the pieces of plain tensors."""
     try:
@@ -137,19 +145,3 @@ def _require_tensors_only(path: Path, pickled: bytes) -> None:
         raise
     except Exception as error:  # genops raises several types for what is no pickle
         raise DamagedFile(f"{path.name} is not what torch.save writes ({reason_of(error)})") from error
-
-
-def _entry(path: Path, name: Any, value: Any, records: Mapping[int, int]) -> ArchivedTensor:
-    if not isinstance(name, str) or not isinstance(value, Tensor) or value.layout != torch.strided:
-        raise DamagedFile(f"{path.name} holds {shown(name)}, a {type(value).__name__}, not a tensor")
-    storage: Any = value.untyped_storage()
-    record: int | None = storage._checkpoint_offset  # where torch found it
-    begin = int(value.storage_offset()) * value.element_size()
-    if (
-        record is None
-        or record not in records
-        or not value.is_contiguous()
-        or begin + value.nbytes > records[record]
-    ):
-        raise DamagedFile(f"{path.name}: {shown(name)} does not fit its bytes")
-    return ArchivedTensor(value.dtype, tuple(value.shape), record + begin)
