@@ -4,8 +4,8 @@ How fast the kernels of `Int4Linear` are on this CPU, at the linear shapes of Qw
 `nn.Linear` in bfloat16 and in fp32. Several copies of each layer take turns, so that weights come from
 memory as they do in a model; paths are interleaved and the median is taken. With one thread the clock is
 that thread's CPU time, which other processes on the machine hardly touch; with more it is the wall's.
-From the columns follows the crossover: the number of tokens up to which `auto` uses the fused kernel
-(`grace.runtime.int4_linear.ATEN_MAX_TOKENS`).
+From the columns follows the crossover: the number of tokens up to which ATen's kernel is the faster one
+(`grace.kernels.crossover` times it per shape on each machine).
 
 Prints a table and, last, one line of JSON.
 """
@@ -26,12 +26,13 @@ from torch import Tensor, nn
 
 from grace.export import awq
 from grace.kernels import dequant
-from grace.runtime.int4_linear import ATEN_MAX_TOKENS, Int4Linear
+from grace.kernels.crossover import DEFAULT_TOKENS
+from grace.runtime.int4_linear import Int4Linear
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 256)
 # (out, in) and how often in one decoder layer of the 2B model: q and o, k and v, gate and up, down.
 SHAPES = (((2048, 2048), 2), ((1024, 2048), 2), ((6144, 2048), 2), ((2048, 6144), 1))
-PATHS = ("dense bf16", "dense fp32", "aten bf16", "dequant bf16", "dequant fp32")
+PATHS = ("dense bf16", "dense fp32", "native bf16", "aten bf16", "dequant bf16", "dequant fp32")
 
 
 def layers_of(out_features: int, in_features: int) -> tuple[Int4Linear, nn.Linear, nn.Linear]:
@@ -66,6 +67,7 @@ def calls_of(
     return {
         "dense bf16": lambda: [half(x16) for _, half, _ in layers],
         "dense fp32": lambda: [full(x32) for _, _, full in layers],
+        "native bf16": packed("native", x16),
         "aten bf16": packed("aten", x16),
         "dequant bf16": packed("dequant", x16),
         "dequant fp32": packed("dequant", x32),
@@ -143,14 +145,14 @@ def main() -> None:
         if meeting is None
         else f"aten and dequant bf16 meet at {meeting} tokens"
     )
-    print(f"{where}; `auto` uses aten up to {ATEN_MAX_TOKENS}")
+    print(f"{where}; by default {DEFAULT_TOKENS}")
     result = {
         "benchmark": "int4_cpu",
         **machine(),
         "bfloat16_arithmetic": native,
         "clock": clock.__name__,
         "crossover_tokens": meeting,
-        "default_crossover_tokens": ATEN_MAX_TOKENS,
+        "default_crossover_tokens": DEFAULT_TOKENS,
         "seconds": {
             path: {str(tokens): value for tokens, value in row.items()} for path, row in seconds.items()
         },

@@ -27,9 +27,10 @@ def normal(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
 
 def check(y_TO: Tensor, x_TI: Tensor, stored: Stored, group_size: int, bias_O: Tensor | None = None) -> None:
     """`y_TO` against float64: one rounding to its type, and sums in fp32."""
-    x, *parts = (tensor.cpu() for tensor in (x_TI, *stored))
-    expected = reference.matmul(x, *parts, group_size)
-    size = reference.matmul(x.double().abs(), *parts, group_size).abs().max() if x.numel() else 0.0
+    x = x_TI.cpu().double()
+    weight_IO = reference.dequantize(stored[0].cpu(), stored[1].cpu(), stored[2].cpu(), group_size)
+    expected = x @ weight_IO
+    size = (x.abs() @ weight_IO.abs()).max() if x.numel() else 0.0
     if bias_O is not None:
         expected = expected + bias_O.cpu().double()
     assert y_TO.dtype == x_TI.dtype and y_TO.shape == expected.shape

@@ -19,7 +19,8 @@ found = []
 for constants, option in zip(settings, options):
     signature = {name: "constexpr" if name in constants else types.get(name, "*fp32" if name.endswith("_ptr") else "fp32")
                  for name in kernel.arg_names}
-    attributes = {(place,): [["tt.divisibility", 16]] for place, name in enumerate(kernel.arg_names) if name in aligned}
+    attributes = {(place,): [["tt.divisibility", 16]] for place, name in enumerate(kernel.arg_names)
+                  if name in aligned and name not in constants}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=option)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

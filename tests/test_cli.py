@@ -16,7 +16,7 @@ USAGE_ERRORS = {
     "no command": ([], "COMMAND"),
     "unknown command": (["exprot"], "'export'"),
     "unknown option": (["inspect", "somewhere", "--jsn"], "--jsn"),
-    "abbreviated option": (["generate", "somewhere", "--prom", "x"], "--prompt"),
+    "abbreviated option": (["export", "run", "--ou", "x"], "--out"),
     "no data command": (["data"], "COMMAND"),
     "unknown data command": (["data", "big-world"], "'small-world'"),
     "audit: no recipe": (["data", "audit"], "RECIPE"),
@@ -160,8 +160,8 @@ def test_arguments_reach_the_implementations(monkeypatch):
     args = vars(
         cli.build_parser().parse_args([*GENERATE, "--image", "a", "b", "--image", "c", "--top-p", "1"])
     )
-    assert args["image"] == ["a", "b", "c"] and args["top_p"] == 1.0 and args["temperature"] == 0.0
-    assert args["seed"] is None and args["kernel"] == "auto" and args["max_new_tokens"] == 128
+    assert args["image"] == ["a", "b", "c"] and args["top_p"] == 1.0 and args["temperature"] is None
+    assert args["seed"] is None and args["kernel"] == "auto" and args["max_new_tokens"] is None
     args = vars(
         cli.build_parser().parse_args(["export", "r", "--out", "o", "--format", "qat", "--format", "awq"])
     )

@@ -6,13 +6,13 @@ captured graph serves every step. Shapes and types are the caller's to check.
 
 Floor per token and layer: the cache once, `4 * K * S` bytes per position in 16 bits, and the parts.
 
-Runs on a CPU under TRITON_INTERPRET=1. Not measured on a GPU yet: benchmarks/w4a16.py and `grace bench` do.
+Runs on a CPU under TRITON_INTERPRET=1. Not measured on a GPU yet: `grace bench --device cuda` does.
 
 Shape suffixes: T tokens (one of each sequence), P parts, D hidden width, I inner width, Q query heads, K key/value
 heads, X = Q + 2 K, S head size, R rows of the cache, C places in a row, N parts of the context.
 """
 
-# pyright: reportGeneralTypeIssues=false
+# pyright: reportGeneralTypeIssues=false, reportAssignmentType=false
 # (what `triton.jit` makes of a function is no Python function to a type checker)
 
 from typing import Any

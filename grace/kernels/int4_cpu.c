@@ -19,6 +19,7 @@
 #define WORDS 16           /* words of a panel in one row */
 #define VECTORS 8          /* vectors of 16 outputs in a panel, one per nibble */
 #define MAX_GROUP 128      /* inputs */
+#define WEIGHTS_PER_THREAD (1 << 17) /* times tokens, for a thread to be worth its start */
 #define SUMS (1 << 18)     /* bytes of sums that stay in a core's second cache beside what else is needed */
 #define DIRECT 3           /* tokens multiplied without unpacking the weights first */
 #define TALL 6             /* tokens multiplied at once, with ... */
@@ -300,7 +301,9 @@ int grace_int4_matmul(const Call *call, const Part *parts, int64_t count, int64_
     int64_t all = 0;
     int failed = 0;
     for (int64_t i = 0; i < count; i++) all += panels_in(&parts[i]);
+    int64_t worth = 1 + call->tokens * call->inputs * all * PANEL / WEIGHTS_PER_THREAD;
     if (threads > all) threads = all;
+    if (threads > worth) threads = worth;
 #pragma omp parallel for num_threads(threads) schedule(static) reduction(| : failed)
     for (int64_t thread = 0; thread < threads; thread++) {
         int64_t begin = all * thread / threads, end = all * (thread + 1) / threads, before = 0;

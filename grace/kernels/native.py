@@ -1,35 +1,22 @@
-"""The int4 matmul of `int4_cpu.c`, compiled on this machine at its first use (gcc, about two seconds).
+"""The int4 matmul of `int4_cpu.c`, compiled on this machine (`grace.kernels.compiled`).
 
 It reads AWQ tensors as they lie, memory-mapped files included: nothing is unpacked, copied or kept twice, and it
-serves any number of tokens. Needs Linux, a processor with AVX512-BF16 and gcc; `obstacle` says what is missing.
+serves any number of tokens.
 
 Shape suffixes: M tokens, I input features, O output features, G groups along the input, W words (= O / 8).
 """
 
 import ctypes
-import functools
-import hashlib
-import os
-import shutil
-import subprocess
-import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from grace.files import new_file
+from grace.kernels.compiled import library
 
 GROUP_SIZES = (32, 64, 128)
-_SOURCE = Path(__file__).with_name("int4_cpu.c")
-_FLAGS = (
-    "-O3", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mf16c", "-mfma",
-    "-fopenmp", "-shared", "-fPIC",
-)  # fmt: skip
 _ZERO_WORD = 0x88888888 - (1 << 32)  # eight zero points of 8, as a signed integer
 
 
@@ -85,20 +72,6 @@ class NativeWeight:
 
     def __deepcopy__(self, memo: Any) -> "NativeWeight":
         return self  # its tensors are what the pointers point to
-
-
-@functools.cache
-def obstacle() -> str | None:
-    """Why the kernel cannot run on this machine, or None if it can. Compiles it the first time."""
-    if not sys.platform.startswith("linux"):
-        return "the compiled kernel runs on Linux only"
-    if not torch.cpu._is_avx512_bf16_supported():
-        return "the compiled kernel needs a processor with AVX512-BF16"
-    try:
-        _library()
-    except (OSError, subprocess.SubprocessError) as error:
-        return f"the kernel cannot be compiled ({' '.join(str(error).split())[:200]})"
-    return None
 
 
 def shape_obstacle(in_features: int, out_features: int, group_size: int) -> str | None:
@@ -179,45 +152,12 @@ def matmul(x_MI: Tensor, weight: NativeWeight) -> Tensor:
         weight.outputs,
         None if sums_MG is None else sums_MG.data_ptr(),
     )
-    if _library()(ctypes.byref(call), weight.parts, weight.count, torch.get_num_threads()):
+    run = library().grace_int4_matmul
+    if run(
+        ctypes.byref(call),
+        weight.parts,
+        ctypes.c_int64(weight.count),
+        ctypes.c_int64(torch.get_num_threads()),
+    ):
         raise MemoryError(f"no memory for the sums of {tokens} tokens")
     return y_MO
-
-
-# ---------------------------------------------------------------- compiling
-
-
-@functools.cache
-def _library() -> Any:
-    """The kernel's entry point; compiled where this source and compiler have not met before.
-
-    Raises:
-        OSError: no compiler, or nowhere to put the result.
-        subprocess.SubprocessError: the compiler fails.
-    """
-    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("cc")
-    if compiler is None:
-        raise OSError("gcc is not installed")
-    version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=60).stdout
-    key = hashlib.sha256(_SOURCE.read_bytes() + version + " ".join(_FLAGS).encode()).hexdigest()[:16]
-    path = _cache_folder() / f"int4-cpu-{key}.so"
-    if not path.is_file():
-        with new_file(path) as scratch:
-            command = [compiler, *_FLAGS, "-o", str(scratch), str(_SOURCE)]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-            if done.returncode:
-                raise subprocess.SubprocessError(f"{compiler}: {done.stderr.strip() or done.returncode}")
-    function = ctypes.CDLL(str(path)).grace_int4_matmul
-    function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
-    return function
-
-
-def _cache_folder() -> Path:
-    """Where compiled kernels are kept; a folder of this process alone where that cannot be written."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(os.environ.get("GRACE_CACHE") or Path(home) / "grace")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return Path(tempfile.mkdtemp(prefix="grace-"))
-    return folder if os.access(folder, os.W_OK) else Path(tempfile.mkdtemp(prefix="grace-"))

@@ -13,12 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from grace.kernels import aten, dequant, marlin, native, reference, w4a16
-
-# `auto` multiplies up to this many tokens with ATen's fused kernel, more by dequantizing first: where the
-# two meet in benchmarks/int4_cpu.py at the linear shapes of the 2B model, one core of an AVX-512 EPYC with
-# bfloat16 arithmetic: 133 and 136 in two runs. The same processor held to AVX2, where the dense product is fp32: about 130.
-ATEN_MAX_TOKENS = 128
+from grace.kernels import aten, compiled, crossover, dequant, marlin, native, reference, w4a16
 
 Obstacle = str | None
 
@@ -93,7 +88,7 @@ def _cpu_only(device: torch.device) -> Obstacle:
 def _compiled(device: torch.device) -> Obstacle:
     if device.type != "cpu":
         return f"the compiled kernel runs on the CPU, the weights are on {device.type}"
-    return native.obstacle()
+    return compiled.obstacle()
 
 
 KERNELS: Mapping[str, Kernel] = {
@@ -135,8 +130,8 @@ NAMES = ("auto", *KERNELS)
 def choose(shape: Shape, x: Tensor) -> Choice:
     """What `auto` runs for these activations: the fused kernel of their device, else dequantize + dense.
 
-    On the CPU that is the compiled kernel, which takes any number of tokens; where it cannot run ATen's, up to
-    `ATEN_MAX_TOKENS`, where that meets the dense product.
+    On the CPU that is the compiled kernel, which takes any number of tokens; where it cannot run ATen's, up to where
+    that meets the dense product (`crossover`).
     """
     if x.device.type == "cpu":
         return _choose_on_cpu(shape, x)
@@ -154,10 +149,9 @@ def _choose_on_cpu(shape: Shape, x: Tensor) -> Choice:
     if obstacle:
         return Choice("dequant", obstacle)
     tokens = x.numel() // shape.in_features
-    if tokens > ATEN_MAX_TOKENS:
-        return Choice(
-            "dequant", f"{tokens} tokens, from {ATEN_MAX_TOKENS + 1} on the dense product is faster"
-        )
+    limit = crossover.aten_tokens(*shape)
+    if tokens > limit:
+        return Choice("dequant", f"{tokens} tokens, from {limit + 1} on the dense product is faster")
     return Choice("aten", "the fused kernel of this device")
 
 
@@ -175,7 +169,7 @@ def describe(shape: Shape, kernel: str, device: torch.device) -> str:
     if obstacle or device.type != "cpu":
         return f"dequantize + dense ({obstacle or f'no fused kernel for {device.type}'})"
     dense = "bfloat16" if dequant.cpu_multiplies_bfloat16() else "float32"
-    return f"ATen int4 up to {ATEN_MAX_TOKENS} bfloat16 tokens, else dequantize + dense {dense} (since {compiled})"
+    return f"ATen int4 up to {crossover.aten_tokens(*shape)} bfloat16 tokens, else dequantize + dense {dense} (since {compiled})"
 
 
 def classes(described: Iterable[tuple[str, str]]) -> list[tuple[str, int, str]]:

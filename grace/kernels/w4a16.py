@@ -77,7 +77,7 @@ def matmul(
     _check(x_TI, *stored, group_size, bias_O)
     from grace.kernels import w4a16_triton
 
-    with _on(x_TI.device):
+    with on_device(x_TI.device):
         return w4a16_triton.matmul(
             x_TI, *stored, group_size, bias_O, config_for(x_TI, scales_GO.shape[1], group_size)
         )
@@ -105,14 +105,14 @@ def parts(x_TI: Tensor, qweight_IW: Tensor, qzeros_GW: Tensor, scales_GO: Tensor
     _check(x_TI, *stored, group_size, None)
     from grace.kernels import w4a16_triton
 
-    with _on(x_TI.device):
+    with on_device(x_TI.device):
         return w4a16_triton.parts(
             x_TI, *stored, group_size, None, config_for(x_TI, scales_GO.shape[1], group_size)
         )
 
 
-def _on(device: torch.device) -> Any:
-    """Triton launches on the current device."""
+def on_device(device: torch.device) -> Any:
+    """Makes a CUDA device the current one: Triton launches there."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
@@ -133,7 +133,7 @@ def _check(
     if obstacle:
         raise ValueError(obstacle)
     groups = inputs // group_size
-    wanted = {"activations": (x, (len(x), inputs)), "qzeros": (qzeros, (groups, words)),
+    wanted: dict[str, tuple[Tensor, tuple[int, ...]]] = {"activations": (x, (len(x), inputs)), "qzeros": (qzeros, (groups, words)),
               "scales": (scales, (groups, PER_WORD * words))}  # fmt: skip
     if bias is not None:
         wanted["bias"] = (bias, (PER_WORD * words,))
@@ -203,8 +203,8 @@ def tune(
     operands = _operands(problem, dtype, device)
 
     def seconds(config: Config) -> float:
-        def call(x: Tensor, *stored: Tensor) -> Any:
-            return w4a16_triton.matmul(x, *stored, group_size, None, config)
+        def call(x: Tensor, qweight: Tensor, qzeros: Tensor, scales: Tensor) -> Tensor:
+            return w4a16_triton.matmul(x, qweight, qzeros, scales, group_size, None, config)
 
         try:
             return cuda_timing.graph_seconds([functools.partial(call, *one) for one in operands])
@@ -218,7 +218,9 @@ def tune(
     return config, best
 
 
-def _operands(problem: Problem, dtype: torch.dtype, device: torch.device) -> list[tuple[Tensor, ...]]:
+def _operands(
+    problem: Problem, dtype: torch.dtype, device: torch.device
+) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
     """Activations, and random weights in as many copies as keep their codes out of the caches."""
     words, groups = problem.outputs // PER_WORD, problem.inputs // problem.group_size
     copies = cuda_timing.copies_for(4 * problem.inputs * words)

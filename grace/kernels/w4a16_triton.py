@@ -22,13 +22,16 @@ power of two joins the scale. Positions 0 to 4 fit the mantissa; the word shifte
 So weights enter the product unrounded, and each group's sum is scaled in fp32: nearer to the oracle than any kernel
 that rounds W_hat to 16 bits first (`expand` does, as the dense layer would).
 
+No second layout: AWQ's order of nibbles only decides which mask makes which column, and a block of 8 words or more
+reads whole 32-byte sectors of every row, so that repacking would save neither bytes nor instructions.
+
 Runs on a CPU under TRITON_INTERPRET=1. Not measured on a GPU yet: benchmarks/w4a16.py does.
 
 Shape suffixes: T tokens, I input features, O output features, G groups along the input, W words (= O / 8),
 P parts of the input. In the kernels: k rows of the weights, n output columns.
 """
 
-# pyright: reportGeneralTypeIssues=false
+# pyright: reportGeneralTypeIssues=false, reportAssignmentType=false, reportOperatorIssue=false
 # (what `triton.jit` makes of a function is no Python function to a type checker)
 
 from typing import Any
@@ -37,6 +40,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton import knobs
 
 from grace.kernels.awq_layout import PER_WORD
 from grace.kernels.w4a16_tuning import Config
@@ -45,7 +49,7 @@ ONE = 0x3F800000  # the bits of 1.0
 SUM_BLOCK = 256
 # The interpreter has no bfloat16: it truncates where a device rounds, and its matmul of 16-bit operands is garbage.
 # So it multiplies and writes float32; what is rounded then is rounded by torch.
-INTERPRETED = bool(triton.knobs.runtime.interpret)
+INTERPRETED = bool(knobs.runtime.interpret)
 
 
 @triton.jit
@@ -207,9 +211,7 @@ def parts(
     Several lack the bias yet; whoever reads them next may add them up on the way, in order.
     """
     x_TI = x_TI.contiguous()
-    stored = [
-        part if part.stride(-1) == 1 else part.contiguous() for part in (qweight_IW, qzeros_GW, scales_GO)
-    ]
+    stored = (_rows(qweight_IW), _rows(qzeros_GW), _rows(scales_GO))
     tokens, outputs, groups = x_TI.shape[0], scales_GO.shape[1], scales_GO.shape[0]
     if not tokens:
         return x_TI.new_empty(1, 0, outputs)
@@ -240,6 +242,11 @@ def parts(
             TOKENS=config.tokens, FP32=INTERPRETED, **options,
         )  # fmt: skip
     return out_PTO
+
+
+def _rows(part: Tensor) -> Tensor:
+    """The same with contiguous rows, which may be columns of a wider tensor."""
+    return part if part.stride(-1) == 1 else part.contiguous()
 
 
 def expand(

@@ -143,8 +143,12 @@ class Worker:
             self._generate([sample], 1)
 
     def _make_room(self, rows: int, context: int) -> None:
-        if self._decoder and (self._decoder.rows != rows or self._decoder.context < context):
-            self._decoder.resize(rows, context)
+        from grace.runtime.graphs import prepare
+
+        if self._decoder:
+            if self._decoder.rows != rows or self._decoder.context < context:
+                self._decoder.resize(rows, context)
+            prepare(self._decoder)
 
     def _decode_ours(self, samples: list[Sample], new_tokens: int) -> list[float]:
         decoder, rows = self._decoder, list(range(len(samples)))

@@ -2,13 +2,13 @@
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 
 from PIL import Image
 
 from grace.data.records import Turn
 from grace.errors import UserError
-from grace.runtime.engine import Engine, question
+from grace.runtime.engine import Engine, GenerationResult, question
 from grace.runtime.generate import about, summary
 from grace.runtime.pictures import load_picture
 from grace.runtime.sampling import Sampling
@@ -27,11 +27,12 @@ class Chat:
         self.pictures: list[Image.Image] = []  # of the turns so far
         self.waiting: list[Image.Image] = []  # for the next message
         self.turns: list[Turn] = []
+        self.last: GenerationResult | None = None
 
     def reset(self) -> None:
         self.turns, self.pictures, self.waiting = [], [], []
 
-    def say(self, text: str) -> Iterator[str]:
+    def say(self, text: str) -> Generator[str, None, None]:
         """The answer to a message, as it comes. Without an answer the message is forgotten, its pictures wait on.
 
         Raises:
@@ -50,7 +51,7 @@ class Chat:
             if said:
                 self.turns = [*turns, Turn("assistant", "".join(said))]
                 self.pictures, self.waiting = pictures, []
-        print(f"[{summary(answer.result())}]", file=sys.stderr)
+        self.last = answer.result()
 
 
 def run_chat(engine: Engine, args: argparse.Namespace, sampling: Sampling) -> int:
@@ -71,7 +72,7 @@ def run_chat(engine: Engine, args: argparse.Namespace, sampling: Sampling) -> in
                 chat.reset()
             elif command == "/image":
                 chat.waiting += [load_picture(name) for name in rest]
-                print(f"{len(chat.waiting)} pictures go with the next message", file=sys.stderr)
+                print(f"pictures for the next message: {len(chat.waiting)}", file=sys.stderr)
             else:
                 _print_answer(chat, line)
         except UserError as error:
@@ -81,20 +82,21 @@ def run_chat(engine: Engine, args: argparse.Namespace, sampling: Sampling) -> in
 
 def _print_answer(chat: Chat, line: str) -> None:
     """Prints an answer as it comes; an interrupt ends the answer, not the conversation."""
-    answer = chat.say(line)
+    chat.last, answer = None, chat.say(line)
     try:
         for text in answer:
             print(text, end="", flush=True)
     except KeyboardInterrupt:
-        answer.close()  # type: ignore[attr-defined]
-        print("\n[interrupted]", end="", file=sys.stderr)
-    print()
+        answer.close()
+    print(flush=True)
+    print(f"[{summary(chat.last) if chat.last else 'interrupted'}]", file=sys.stderr)
 
 
 def _next_line() -> str | None:
     """The next line of input; None at its end."""
     if not sys.stdin.isatty():
-        return sys.stdin.readline() or None
+        line = sys.stdin.readline()
+        return line.rstrip("\n") if line else None
     try:
         print("> ", end="", file=sys.stderr, flush=True)
         return input()

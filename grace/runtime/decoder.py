@@ -4,13 +4,14 @@ The forward pass is our own, over the weights of `grace.models.decoder_parts`: f
 projections, no masks over the square of the context. Pictures go through the library's vision tower.
 
 Shape suffixes: T tokens, R rows decoded together, B rows of the cache up to the last of them, D hidden width,
-H query heads, K key/value heads, G query heads per key/value head, S head size, F rotary frequencies (= S / 2),
-C context, V vocabulary, N visual tokens.
+Z queries, keys and values side by side, H query heads, K key/value heads, S head size, F rotary frequencies
+(= S / 2), C context, V vocabulary, N visual tokens.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
+import numpy
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -21,6 +22,7 @@ from grace.errors import UserError
 from grace.models.decoder_parts import DecoderParts, decoder_parts, visual_features
 from grace.runtime.fused_linear import FusedLinear
 from grace.runtime.head import Head
+from grace.runtime.layer_math import layer_math
 from grace.runtime.row_attention import Attend, prompt_attention, row_attention
 
 
@@ -33,6 +35,7 @@ class Layer:
         self.output = FusedLinear([parts.output])
         self.gate_up = FusedLinear([parts.gate, parts.up])
         self.down = FusedLinear([parts.down])
+        self.gate_width = parts.gate.out_features
         heads = [
             parts.query_norm_H.expand(whole.query_heads, -1),
             parts.key_norm_H.expand(whole.kv_heads, -1),
@@ -58,6 +61,8 @@ class Decoder:
         self.layers = [Layer(layer, parts) for layer in parts.layers]
         self.head = Head(parts.head_VD)
         self.device, self.dtype = parts.embed_VD.device, parts.embed_VD.dtype
+        widths = len(parts.norm_D), parts.head_size, self.layers[0].gate_width
+        self._math = layer_math(parts.epsilon, widths, self.dtype, self.device)
         self.resize(rows, context)
 
     def resize(self, rows: int | None = None, context: int | None = None) -> None:
@@ -120,15 +125,15 @@ class Decoder:
         ids_T = torch.cat([sample.input_ids_L for sample in samples]).to(self.device)
         x_TD = F.embedding(ids_T, self.parts.embed_VD)
         deep_ND, visual_T = self._put_pictures(x_TD, samples)
-        cos_TS, sin_TS = self._rotation(torch.cat(positions, -1).to(self.device))
+        positions_3T = torch.cat(positions, -1).to(self.device)
+        cos_TS, sin_TS = (part_T1S[:, 0] for part_T1S in self._rotation(positions_3T))
+        rows_T = torch.tensor(rows).repeat_interleave(torch.tensor(sizes)).to(self.device)
+        places_T = torch.cat([torch.arange(size) for size in sizes]).to(self.device)
         attend = prompt_attention(self.keys_LRKCS, self.values_LRKCS, rows, sizes)
-        for index in range(len(self.layers)):
-            x_TD = self._layer(index, x_TD, cos_TS, sin_TS, attend)
-            if index < len(deep_ND):
-                x_TD[visual_T] += deep_ND[index].to(x_TD.dtype)
-        for row, size, positions_3T in zip(rows, sizes, positions, strict=True):
+        x_TD = self._layers(x_TD, cos_TS, sin_TS, rows_T, places_T, attend, deep_ND, visual_T)
+        for row, size, own_3P in zip(rows, sizes, positions, strict=True):
             self._lengths[row] = size
-            self._offsets[row] = int(positions_3T.max()) + 1 - size
+            self._offsets[row] = int(own_3P.max()) + 1 - size
         lasts_R = torch.tensor(sizes, device=self.device).cumsum(0) - 1
         return self._logits(x_TD[lasts_R])
 
@@ -166,32 +171,43 @@ class Decoder:
 
     def _step(self, rows: list[int], tokens: list[int]) -> Tensor:
         lengths = [self._lengths[row] for row in rows]
-        places = [length + self._offsets[row] for row, length in zip(rows, lengths, strict=True)]
+        turns = [length + self._offsets[row] for row, length in zip(rows, lengths, strict=True)]
         x_RD = F.embedding(torch.tensor(tokens, device=self.device), self.parts.embed_VD)
-        cos_RS, sin_RS = self._rotation(torch.tensor(places, device=self.device).expand(3, -1))
+        turns_3R = torch.tensor(turns, device=self.device).expand(3, -1)
+        cos_RS, sin_RS = (part_R1S[:, 0] for part_R1S in self._rotation(turns_3R))
 
         attend = row_attention(self.keys_LRKCS, self.values_LRKCS, rows, lengths)
-        for index in range(len(self.layers)):
-            x_RD = self._layer(index, x_RD, cos_RS, sin_RS, attend)
-        return self._logits(x_RD)
+        rows_R, places_R = (torch.tensor(numbers, device=self.device) for numbers in (rows, lengths))
+        return self._logits(self._layers(x_RD, cos_RS, sin_RS, rows_R, places_R, attend))
 
-    def _layer(self, index: int, x_TD: Tensor, cos_TS: Tensor, sin_TS: Tensor, attend: Attend) -> Tensor:
-        parts, layer = self.parts, self.layers[index]
-        heads = parts.query_heads + parts.kv_heads
-        qkv_TXS = layer.qkv(self._norm(x_TD, layer.input_norm_D)).view(len(x_TD), -1, parts.head_size)
-        qk_TXS = self._norm(qkv_TXS[:, :heads]) * layer.qk_norm_XS
-        # sin carries the sign of the half-turn: x cos + rotate_half(x) sin.
-        qk_TXS = torch.addcmul(qk_TXS * cos_TS, qk_TXS.roll(parts.head_size // 2, -1), sin_TS)
-        q_THS, k_TKS = qk_TXS[:, : parts.query_heads], qk_TXS[:, parts.query_heads :]
-        x_TD = x_TD + layer.output(attend(index, q_THS, k_TKS, qkv_TXS[:, heads:]))
-        gate_TI, up_TI = layer.gate_up(self._norm(x_TD, layer.post_norm_D)).chunk(2, -1)
-        return x_TD + layer.down(F.silu(gate_TI) * up_TI)
-
-    def _norm(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
-        return F.rms_norm(x, x.shape[-1:], weight, self.parts.epsilon)
+    def _layers(
+        self,
+        x_TD: Tensor,
+        cos_TS: Tensor,
+        sin_TS: Tensor,
+        rows_T: Tensor,
+        places_T: Tensor,
+        attend: Attend,
+        deep_ND: Sequence[Tensor] = (),
+        visual_T: Tensor | None = None,
+    ) -> Tensor:
+        """All layers; `deep_ND` are added to visual tokens after the first of them."""
+        math, delta_TD = self._math, None
+        for index, layer in enumerate(self.layers):
+            cache = self.keys_LRKCS[index], self.values_LRKCS[index]
+            x_TD, normed_TD = math.add_norm(x_TD, delta_TD, layer.input_norm_D)
+            qkv_TZ = layer.qkv(normed_TD)
+            q_THS = math.rotate(qkv_TZ, layer.qk_norm_XS, cos_TS, sin_TS, *cache, rows_T, places_T)
+            x_TD, normed_TD = math.add_norm(x_TD, layer.output(attend(index, q_THS)), layer.post_norm_D)
+            delta_TD = layer.down(math.gate(layer.gate_up(normed_TD)))
+            if index < len(deep_ND):
+                x_TD, delta_TD = x_TD + delta_TD, None
+                x_TD[visual_T] += deep_ND[index].to(x_TD.dtype)
+        return x_TD if delta_TD is None else x_TD + delta_TD
 
     def _logits(self, x_RD: Tensor) -> Tensor:
-        return self.head(self._norm(x_RD, self.parts.norm_D)).float()
+        _, normed_RD = self._math.add_norm(x_RD, None, self.parts.norm_D)
+        return self.head(normed_RD).float()
 
     def _rotation(self, positions_3T: Tensor) -> tuple[Tensor, Tensor]:
         """Cosine and signed sine [T, 1, S] of tokens at (time, height, width)."""
@@ -215,3 +231,11 @@ class Decoder:
         visual_T = (kinds_T == IMAGE_TOKEN_TYPE).to(self.device)
         x_TD[visual_T] = seen_ND.to(x_TD.dtype)
         return deep_ND, visual_T
+
+
+def _blank(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros: what is masked must be finite. On the CPU no memory is taken before it is written to."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    count = torch.Size(shape).numel() * dtype.itemsize
+    return torch.from_numpy(numpy.zeros(count, dtype=numpy.uint8)).view(dtype).view(shape)

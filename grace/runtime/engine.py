@@ -6,7 +6,6 @@ engine.generate(["picture.png"], "Describe the picture.").text
 for text in engine.stream(["picture.png"], "Describe the picture."): print(text, end="")
 """
 
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from grace.data.records import IMAGE_MARK, Turn
 from grace.data.template import Sample, encode_prompt
 from grace.errors import UserError
 from grace.models.processor import load_processor
-from grace.runtime.graphs import GraphDecoder, decoder_for, tune
+from grace.runtime.graphs import decoder_for, prepare
 from grace.runtime.head import Head
 from grace.runtime.int4_linear import set_kernel
 from grace.runtime.loading import checkpoint_kind, load_model, require_tokenizer
@@ -228,8 +227,7 @@ def load(
         model = model.to(device)
     set_kernel(model, kernel)
     engine = Engine(model, processor, kind, context, rows, head)
-    if isinstance(engine.decoder, GraphDecoder):
-        tune(engine.decoder, lambda line: print(f"kernel timed, once per device: {line}", file=sys.stderr))
+    prepare(engine.decoder)
     return engine
 
 

@@ -5,8 +5,10 @@ Floor: every weight once, the cache of every row once; `grace.kernels.decode_tri
 Shape suffixes: B rows of the batch, padded ones included, P parts of a linear's output, and those of `decoder`.
 """
 
+from typing import Any
+
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from grace.kernels import w4a16
 from grace.runtime.decoder import Decoder
@@ -26,7 +28,7 @@ def join_linears(decoder: Decoder) -> None:
 
 def parts_of(linear: FusedLinear, x_BD: Tensor) -> Tensor:
     """A linear's output [P, B, O], which the next kernel adds up; one part but for split Triton products."""
-    module: nn.Module = linear.modules[0]
+    module: Any = linear.modules[0]
     alone = len(linear.modules) == 1 and isinstance(module, Int4Linear) and module.bias is None
     if alone and module.choice(x_BD).kernel == "triton":
         return w4a16.parts(x_BD, module.qweight, module.qzeros, module.scales, module.group_size)

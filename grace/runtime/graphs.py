@@ -8,6 +8,7 @@ Shape suffixes: those of `fused_step`.
 """
 
 import functools
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -54,10 +55,18 @@ class _Bucket:
     """The step of one batch size, captured: its inputs, and its outputs after a replay."""
 
     def __init__(
-        self, step: Callable[[Tensor], Tensor], size: int, sampled: bool, idle: Tensor, capture: Capture
+        self,
+        step: Callable[[Tensor], Tensor],
+        size: int,
+        sampled: bool,
+        idle_5: Tensor,
+        device: torch.device,
+        capture: Capture,
     ):
-        self.inputs_5B = idle[:, None].repeat(1, size)
-        self.draws_4B = packed([Draw()] * size, idle.device)
+        self.inputs_5B = idle_5[:, None].repeat(1, size).to(device)
+        self.draws_4B = packed([Draw()] * size, device)
+        self.logits_BV: Tensor
+        self.tokens_B: Tensor
 
         def run() -> None:
             self.logits_BV = step(self.inputs_5B)
@@ -65,15 +74,17 @@ class _Bucket:
 
         self._run = capture(run)
 
-    def replay(self, inputs_5R: Tensor, idle: Tensor) -> None:
+    def replay(self, inputs_5R: Tensor, idle_5: Tensor) -> None:
         rows = inputs_5R.shape[1]
-        padded = torch.cat([inputs_5R, idle[:, None].expand(-1, self.inputs_5B.shape[1] - rows)], 1)
+        padded = torch.cat([inputs_5R, idle_5[:, None].expand(-1, self.inputs_5B.shape[1] - rows)], 1)
         self.inputs_5B.copy_(padded)
         self._run()
 
 
 class GraphDecoder(Decoder):
     """A `Decoder` whose steps are replayed graphs over fused kernels.
+
+    A graph keeps the kernels that it was captured with: choose them (`set_kernel`) before.
 
     Args:
         capture: how a step is captured; None is a CUDA graph.
@@ -135,18 +146,19 @@ class GraphDecoder(Decoder):
         places = [self._lengths[row] for row in rows]
         turns = [place + self._offsets[row] for row, place in zip(rows, places, strict=True)]
         counts = [place + 1 for place in places]
-        graph.replay(torch.tensor([tokens, rows, places, turns, counts]), self._idle().cpu())
+        graph.replay(torch.tensor([tokens, rows, places, turns, counts]), self._idle())
 
     def _idle(self) -> Tensor:
         """What a row that only fills up the batch reads: it writes to the spare place and attends to nothing."""
-        return torch.tensor([0, 0, self.context, 0, 0], device=self.device)
+        return torch.tensor([0, 0, self.context, 0, 0])
 
     def _bucket(self, rows: int, sampled: bool) -> _Bucket:
         size = next(size for size in self.buckets() if size >= rows)
         key = (size, sampled)
         if key not in self._graphs:
             step = functools.partial(fused_step, self, splits=self._splits(size))
-            self._graphs[key] = _Bucket(step, size, sampled, self._idle(), self._capture)
+            with w4a16.on_device(self.device):
+                self._graphs[key] = _Bucket(step, size, sampled, self._idle(), self.device, self._capture)
         return self._graphs[key]
 
     def _splits(self, size: int) -> int:
@@ -161,6 +173,13 @@ def decoder_for(model: Any, rows: int, context: int) -> Decoder:
     device = next(model.parameters()).device
     usable = device.type == "cuda" and w4a16.device_obstacle(device) is None
     return GraphDecoder(model, rows, context) if usable else Decoder(model, rows, context)
+
+
+def prepare(decoder: Decoder) -> None:
+    """Does ahead of the first token what a decoder of graphs needs once; says on stderr what takes long."""
+    if isinstance(decoder, GraphDecoder):
+        tune(decoder, lambda line: print(f"kernel timed, once per device: {line}", file=sys.stderr))
+        decoder.warm_up()
 
 
 def tune(decoder: GraphDecoder, report: Callable[[str], None]) -> None:

@@ -15,11 +15,10 @@ from torch import Tensor, nn
 
 from grace.errors import UserError
 from grace.kernels import registry
-from grace.kernels.registry import ATEN_MAX_TOKENS, Choice, Shape, Stored
+from grace.kernels.registry import Choice, Shape, Stored
 
 KERNELS = registry.NAMES
 __all__ = [
-    "ATEN_MAX_TOKENS",
     "KERNELS",
     "Int4Linear",
     "describe_kernels",

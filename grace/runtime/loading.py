@@ -9,6 +9,7 @@ from transformers import AutoModelForImageTextToText
 
 from grace.checkpoint import is_qat
 from grace.errors import UserError
+from grace.runtime.direct_loading import load_packed
 from grace.runtime.hf_quantizer import register
 
 register()
@@ -54,6 +55,8 @@ def load_model(directory: Path, dtype: torch.dtype | None = None) -> Any:
     Raises:
         UserError: it cannot be read, or tensors are missing, superfluous or of the wrong shape.
     """
+    if checkpoint_kind(directory) == "awq" and (direct := load_packed(directory, dtype)) is not None:
+        return direct
     try:
         loaded = AutoModelForImageTextToText.from_pretrained(
             directory,

@@ -1,7 +1,8 @@
 """Attention over the rows of a cache: prompts that are read into it, and a decoding step's new tokens.
 
-Shape suffixes: L layers, T tokens of several prompts one after the other, R rows decoded together, B rows of the cache from the first of them to the last, H query
-heads, K key/value heads, P tokens of one prompt, G query heads per key/value head, C places of the cache, S head size.
+Shape suffixes: L layers, T tokens of several prompts one after the other, P of one of them, R rows decoded together,
+B rows of the cache from the first of them to the last, H query heads, K key/value heads, G query heads per key/value
+head, C places of the cache, S head size.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-"""Layer, queries [T, H, S], keys and values [T, K, S] to [T, H * S]."""
+Attend = Callable[[int, Tensor], Tensor]
+"""Layer and queries [T, H, S] to [T, H * S]; the new keys and values are in the cache by then."""
 
 _WASTE = 2.0  # places computed for each that is needed, up to which one call for all rows is faster
 
@@ -19,23 +20,21 @@ _WASTE = 2.0  # places computed for each that is needed, up to which one call fo
 def prompt_attention(
     keys_LRKCS: Tensor, values_LRKCS: Tensor, rows: Sequence[int], sizes: Sequence[int]
 ) -> Attend:
-    """Attention of prompts, one after the other, each within itself; it puts their keys and values into rows.
+    """Attention of prompts, one after the other, each within its own row.
 
     Args:
         sizes: tokens of each prompt.
     """
 
-    def attend(layer: int, q_THS: Tensor, k_TKS: Tensor, v_TKS: Tensor) -> Tensor:
+    def attend(layer: int, q_THS: Tensor) -> Tensor:
         found = []
-        for row, q_PHS, k_PKS, v_PKS in zip(
-            rows, *(states.split(list(sizes)) for states in (q_THS, k_TKS, v_TKS)), strict=True
-        ):
-            k_KPS, v_KPS = k_PKS.transpose(0, 1), v_PKS.transpose(0, 1)
-            keys_LRKCS[layer, row, :, : len(k_PKS)] = k_KPS
-            values_LRKCS[layer, row, :, : len(v_PKS)] = v_KPS
+        for row, q_PHS in zip(rows, q_THS.split(list(sizes)), strict=True):
+            groups = q_PHS.shape[1] // keys_LRKCS.shape[2]
+            k_HPS, v_HPS = (
+                cache[layer, row, :, : len(q_PHS)].repeat_interleave(groups, 0)
+                for cache in (keys_LRKCS, values_LRKCS)
+            )
             q_HPS = q_PHS.transpose(0, 1)
-            groups = q_HPS.shape[0] // k_KPS.shape[0]
-            k_HPS, v_HPS = (states.repeat_interleave(groups, 0) for states in (k_KPS, v_KPS))
             y_HPS = F.scaled_dot_product_attention(q_HPS[None], k_HPS[None], v_HPS[None], is_causal=True)[0]
             found.append(y_HPS.transpose(0, 1).reshape(len(q_PHS), -1))
         return found[0] if len(found) == 1 else torch.cat(found)
@@ -46,11 +45,11 @@ def prompt_attention(
 def row_attention(
     keys_LRKCS: Tensor, values_LRKCS: Tensor, rows: Sequence[int], lengths: Sequence[int]
 ) -> Attend:
-    """Attention that puts each row's new key and value at its place, and then attends.
+    """Attention of each row's new token, whose key and value are in their place already.
 
     Args:
         rows: different ones.
-        lengths: tokens that each of them holds already.
+        lengths: tokens that each of them holds without the new one.
     """
     span, longest = max(rows) - min(rows) + 1, max(lengths) + 1
     if len(rows) > 1 and span * longest <= _WASTE * (sum(lengths) + len(rows)):
@@ -61,15 +60,13 @@ def row_attention(
 def _one_by_one(
     keys_LRKCS: Tensor, values_LRKCS: Tensor, rows: Sequence[int], lengths: Sequence[int]
 ) -> Attend:
-    def attend(layer: int, q_RHS: Tensor, k_RKS: Tensor, v_RKS: Tensor) -> Tensor:
+    def attend(layer: int, q_RHS: Tensor) -> Tensor:
         keys, values = keys_LRKCS[layer], values_LRKCS[layer]
         found = []
         for index, (row, length) in enumerate(zip(rows, lengths, strict=True)):
-            keys[row, :, length] = k_RKS[index]
-            values[row, :, length] = v_RKS[index]
             k_1KCS, v_1KCS = keys[row : row + 1, :, : length + 1], values[row : row + 1, :, : length + 1]
             # The query heads that share a key head stand where a sequence of queries would.
-            q_1KGS = q_RHS[index].view(1, k_RKS.shape[1], -1, q_RHS.shape[-1])
+            q_1KGS = q_RHS[index].view(1, keys.shape[1], -1, q_RHS.shape[-1])
             found.append(F.scaled_dot_product_attention(q_1KGS, k_1KCS, v_1KCS).reshape(1, -1))
         return found[0] if len(found) == 1 else torch.cat(found)
 
@@ -90,11 +87,9 @@ def _together(
     mask_B11C = mask_B11C[:, None, None]
     in_order = list(rows) == list(range(low, high))
 
-    def attend(layer: int, q_RHS: Tensor, k_RKS: Tensor, v_RKS: Tensor) -> Tensor:
+    def attend(layer: int, q_RHS: Tensor) -> Tensor:
         keys, values = keys_LRKCS[layer], values_LRKCS[layer]
-        keys[rows_R, :, lengths_R] = k_RKS
-        values[rows_R, :, lengths_R] = v_RKS
-        q_BKGS = q_RHS.view(len(rows), k_RKS.shape[1], -1, q_RHS.shape[-1])
+        q_BKGS = q_RHS.view(len(rows), keys.shape[1], -1, q_RHS.shape[-1])
         if not in_order:
             q_BKGS = q_BKGS.new_zeros(high - low, *q_BKGS.shape[1:]).index_copy_(0, places_R, q_BKGS)
         y_BKGS = F.scaled_dot_product_attention(

@@ -122,7 +122,9 @@ class SyntheticModel:
                 "qzeros": torch.full((groups, words), ZERO_WORD, dtype=torch.int32),
                 "scales": scales.bfloat16().half(),
             }
-            weight_IO = reference.dequantize(*stored.values(), GROUP_SIZE, torch.float32)
+            weight_IO = reference.dequantize(
+                codes, stored["qzeros"], stored["scales"], GROUP_SIZE, torch.float32
+            )
             return stored, weight_IO.bfloat16().t().contiguous()
         if len(shape) == 1:
             weight = torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)

@@ -7,9 +7,10 @@ import subprocess
 import pytest
 import torch
 
-from grace.kernels import native, reference
+from grace.kernels import compiled, native, reference
+from grace.kernels.compiled import library
 
-needs_kernel = pytest.mark.skipif(native.obstacle() is not None, reason=str(native.obstacle()))
+needs_kernel = pytest.mark.skipif(compiled.obstacle() is not None, reason=str(compiled.obstacle()))
 EIGHTS = 0x88888888 - (1 << 32)
 
 
@@ -80,7 +81,10 @@ def test_nothing_is_written_beside_the_result():
     buffer = torch.full((tokens + 2, 72), 777.0).bfloat16()
     x_GMg = x.view(tokens, 2, 128).transpose(0, 1).contiguous()
     call = native._Call(x_GMg.data_ptr(), buffer[1].data_ptr(), tokens, 256, 128, 72, None)
-    assert native._library()(ctypes.byref(call), weight.parts, 1, 2) == 0
+    assert (
+        library().grace_int4_matmul(ctypes.byref(call), weight.parts, ctypes.c_int64(1), ctypes.c_int64(2))
+        == 0
+    )
     assert torch.equal(buffer[1:-1], native.matmul(x, weight))
     assert (buffer[0] == 777).all() and (buffer[-1] == 777).all()
 
@@ -116,17 +120,17 @@ def test_a_compiler_that_fails_is_an_obstacle(monkeypatch: pytest.MonkeyPatch, t
     broken.chmod(0o755)
     for compiler, reason in ((str(broken), "no such flag"), (str(tmp_path / "none"), "cannot be compiled")):
         monkeypatch.setenv("CC", compiler)
-        native.obstacle.cache_clear()
-        native._library.cache_clear()
-        assert reason in str(native.obstacle())
+        compiled.obstacle.cache_clear()
+        compiled.library.cache_clear()
+        assert reason in str(compiled.obstacle())
     assert [path.name for path in tmp_path.iterdir()] == ["cc"]  # nothing half-written
-    native.obstacle.cache_clear()
-    native._library.cache_clear()
+    compiled.obstacle.cache_clear()
+    compiled.library.cache_clear()
 
 
 def test_another_processor_is_an_obstacle(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     monkeypatch.setattr(subprocess, "run", lambda *a, **k: pytest.fail("compiled"))
-    native.obstacle.cache_clear()
-    assert "AVX512-BF16" in str(native.obstacle())
-    native.obstacle.cache_clear()
+    compiled.obstacle.cache_clear()
+    assert "AVX512-BF16" in str(compiled.obstacle())
+    compiled.obstacle.cache_clear()

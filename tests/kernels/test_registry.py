@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from grace.kernels import marlin, registry
-from grace.kernels.registry import ATEN_MAX_TOKENS, KERNELS, NAMES, Shape, choose, describe
+from grace.kernels.crossover import DEFAULT_TOKENS
+from grace.kernels.registry import KERNELS, NAMES, Shape, choose, describe
 
 SHAPE = Shape(256, 48, 128)
 CPU, CUDA, META = (torch.device(kind) for kind in ("cpu", "cuda", "meta"))
@@ -27,7 +28,7 @@ def test_names():
     ("shape", "x", "kernel", "reason"),
     [
         (SHAPE, activations(), "aten", "fused"),
-        (SHAPE, activations(ATEN_MAX_TOKENS + 1), "dequant", "from 129 on the dense product is faster"),
+        (SHAPE, activations(DEFAULT_TOKENS + 1), "dequant", "from 129 on the dense product is faster"),
         (SHAPE, activations(dtype=torch.float16), "dequant", "bfloat16 only"),
         (Shape(256, 24, 128), activations(), "dequant", "divisible by 16"),
         (SHAPE, activations(device="cuda"), "triton", "fused"),
@@ -42,13 +43,13 @@ def test_auto_and_its_reasons(
 ):
     pytest.importorskip("triton")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(registry.native, "obstacle", lambda: "gcc is not installed")
+    monkeypatch.setattr(registry.compiled, "obstacle", lambda: "gcc is not installed")
     choice = choose(shape, cast(torch.Tensor, x))
     assert choice.kernel == kernel and reason in choice.reason
 
 
 def test_auto_takes_the_compiled_kernel_for_any_number_of_tokens(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(registry.native, "obstacle", lambda: None)
+    monkeypatch.setattr(registry.compiled, "obstacle", lambda: None)
     for tokens in (1, 4096):
         assert choose(SHAPE, activations(tokens)).kernel == "native"
     assert choose(SHAPE, activations(dtype=torch.float32)).kernel == "dequant"
@@ -58,7 +59,7 @@ def test_auto_takes_the_compiled_kernel_for_any_number_of_tokens(monkeypatch: py
 
 
 def test_described_for_people(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(registry.native, "obstacle", lambda: "gcc is not installed")
+    monkeypatch.setattr(registry.compiled, "obstacle", lambda: "gcc is not installed")
     assert "since gcc is not installed" in describe(SHAPE, "auto", CPU)
     assert "ATen int4 up to" in describe(SHAPE, "auto", CPU)
     assert describe(Shape(256, 24, 128), "auto", CPU).startswith(
@@ -103,7 +104,7 @@ class FakeMarlin(torch.nn.Module):
         raise NotImplementedError("Marlin kernel only supports compute capability >= 8.0.")
 
     def post_init(self) -> None:
-        self.qweight.data.zero_()
+        self.get_parameter("qweight").data.zero_()
 
 
 def test_marlin_is_not_there(monkeypatch: pytest.MonkeyPatch):

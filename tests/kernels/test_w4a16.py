@@ -104,7 +104,8 @@ def test_views_and_nothing_at_all():
     check(w4a16.matmul(*on_device(x, *stored), 32), x, stored, 32)
     one = (stored[0][:, 2:5], stored[1][:, 2:5], stored[2][:, 16:40])  # columns of a wider layer
     check(w4a16.matmul(*on_device(x), *(part.to(DEVICE) for part in one), 32), x, one, 32)
-    turned = tuple(part.t().contiguous().t() for part in stored)
+    qweight, qzeros, scales = (part.t().contiguous().t() for part in stored)
+    turned = (qweight, qzeros, scales)
     check(w4a16.matmul(*on_device(x, *turned), 32), x, turned, 32)
     assert w4a16.matmul(*on_device(x[:0], *stored), 32).shape == (0, 48)
 
@@ -186,7 +187,7 @@ def test_deployed_shapes(inputs: int, outputs: int, tokens: int, dtype: torch.dt
     """Sizes that no interpreter gets through, against a float64 product on the device."""
     stored = on_device(*layer(inputs, outputs, 128))
     x = normal(tokens, inputs, dtype=dtype).to(DEVICE)
-    expected = x.double() @ reference.dequantize(*stored, 128)
+    expected = x.double() @ reference.dequantize(stored[0], stored[1], stored[2], 128)
     y = w4a16.matmul(x, *stored, 128)
     assert (y.double() - expected).norm() / expected.norm() < torch.finfo(dtype).eps
     assert torch.equal(y, w4a16.matmul(x, *stored, 128))

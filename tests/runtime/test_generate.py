@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from grace.errors import UserError
-from grace.kernels import native
+from grace.kernels import compiled
 from grace.runtime import generate
 from grace.runtime.generate import Engine, checkpoint_kind, load, run_generate
 
@@ -46,7 +46,7 @@ def test_every_kind_of_directory_answers(kind, awq_dir, qat_run, tiny_student_di
     answer = json.loads(out)
     assert answer["kind"] == kind and 1 <= len(answer["tokens"]) <= 4 and answer["prompt_tokens"] > 9
     assert answer["first_token_s"] > 0 and isinstance(answer["text"], str)
-    fused = "compiled int4" if native.obstacle() is None else "ATen int4"
+    fused = "compiled int4" if compiled.obstacle() is None else "ATen int4"
     assert (f"28 packed layers: {fused}" if kind == "awq" else "dense layers only") in err
 
 

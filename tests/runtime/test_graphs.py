@@ -16,7 +16,7 @@ from grace.runtime.decoder import Decoder
 from grace.runtime.device_sampling import Draw
 from grace.runtime.graphs import GraphDecoder, tune
 from grace.runtime.hf_quantizer import put_int4_linears
-from grace.runtime.int4_linear import int4_linears
+from grace.runtime.int4_linear import int4_linears, set_kernel
 from grace.runtime.loading import load_model
 
 pytest.importorskip("triton")
@@ -99,7 +99,7 @@ def test_packed_layers_joined(tiny_student_dir: Path):
         decoder.layers = decoder.layers[:1]  # the interpreter is slow
     for layer in ours.layers:
         for linear in (layer.qkv, layer.output, layer.gate_up, layer.down):
-            linear.modules[0].set_kernel("triton")
+            set_kernel(linear.modules[0], "triton")
     for row, sample in enumerate(samples(tiny_student_dir)[:2]):
         plain.prefill(row, sample)
         ours.prefill(row, sample)

@@ -8,9 +8,9 @@ from torch import nn
 
 from grace.errors import UserError
 from grace.export import awq
-from grace.kernels import aten, dequant, native, reference
+from grace.kernels import aten, compiled, dequant, reference
+from grace.kernels.crossover import DEFAULT_TOKENS
 from grace.runtime.int4_linear import (
-    ATEN_MAX_TOKENS,
     Int4Linear,
     describe_kernels,
     int4_linears,
@@ -61,7 +61,7 @@ def assert_close(result: torch.Tensor, oracle: torch.Tensor, tolerance: float) -
 )
 def test_kernels_match_the_oracle(kernel: str, dtype: torch.dtype, tolerance: float, bias: bool):
     layer = packed_layer(bias=bias, kernel=kernel)
-    for shape in [(256,), (1, 256), (3, 256), (2, 5, 256), (ATEN_MAX_TOKENS + 1, 256), (0, 256)]:
+    for shape in [(256,), (1, 256), (3, 256), (2, 5, 256), (DEFAULT_TOKENS + 1, 256), (0, 256)]:
         x = torch.randn(*shape, generator=torch.Generator().manual_seed(1)).to(dtype)
         result = layer(x)
         assert result.dtype == dtype
@@ -72,10 +72,10 @@ def test_kernels_match_the_oracle(kernel: str, dtype: torch.dtype, tolerance: fl
 
 
 def test_auto_goes_by_type_and_number_of_tokens(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(native, "obstacle", lambda: "gcc is not installed")
+    monkeypatch.setattr(compiled, "obstacle", lambda: "gcc is not installed")
     layer = packed_layer()
     few, many = (
-        torch.zeros(tokens, 256, dtype=torch.bfloat16) for tokens in (ATEN_MAX_TOKENS, ATEN_MAX_TOKENS + 1)
+        torch.zeros(tokens, 256, dtype=torch.bfloat16) for tokens in (DEFAULT_TOKENS, DEFAULT_TOKENS + 1)
     )
     assert layer.choice(few).kernel == "aten" and layer.choice(many).kernel == "dequant"
     assert layer.choice(few.view(2, -1, 256)).kernel == "aten"
@@ -102,7 +102,7 @@ def test_a_kernel_that_fails_raises(monkeypatch: pytest.MonkeyPatch):
     def broken(*args: object) -> None:
         raise RuntimeError("no such instruction")
 
-    monkeypatch.setattr(native, "obstacle", lambda: "gcc is not installed")
+    monkeypatch.setattr(compiled, "obstacle", lambda: "gcc is not installed")
     monkeypatch.setattr(aten, "matmul", broken)
     for kernel in ("auto", "aten"):
         with pytest.raises(RuntimeError, match="no such instruction"):
@@ -169,7 +169,7 @@ def test_conversions_leave_the_packed_tensors_exact(convert):
 
 
 def test_one_kernel_for_a_model_or_none(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(native, "obstacle", lambda: "gcc is not installed")
+    monkeypatch.setattr(compiled, "obstacle", lambda: "gcc is not installed")
     model = nn.Sequential(packed_layer(), nn.Linear(48, 48), packed_layer(out_features=24))
     assert set(int4_linears(model)) == {"0", "2"}
     with pytest.raises(UserError, match="cannot run 2 .*divisible by 16"):
@@ -178,7 +178,7 @@ def test_one_kernel_for_a_model_or_none(monkeypatch: pytest.MonkeyPatch):
     set_kernel(model, "dequant")
     assert describe_kernels(model) == "2 packed layers: dequant"
     set_kernel(model, "auto")
-    assert f"ATen int4 up to {ATEN_MAX_TOKENS}" in describe_kernels(model)
+    assert f"ATen int4 up to {DEFAULT_TOKENS}" in describe_kernels(model)
     assert (
         "1 packed layers (2): dequantize + dense (ATen's int4 matmul needs out_features divisible by 16"
         in (describe_kernels(model))
