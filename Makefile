@@ -1,4 +1,4 @@
-# make setup | demo | test | test-fast | lint | clean
+# make setup | demo | study | test | test-fast | lint | clean
 #
 # Needs Python 3.11 or newer, pip, make and a C compiler.
 
@@ -13,10 +13,11 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 offline := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 pytest := $(offline) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: help setup demo test test-fast lint clean
+.PHONY: help setup demo study test test-fast lint clean
 help:
 	@echo "make setup      create $(VENV) with everything below (a second time: nothing to do)"
 	@echo "make demo       the small world end to end, into runs/demo"
+	@echo "make study      the trial of the method, about two hours, into runs/study; goes on where it stopped"
 	@echo "make test       the whole test suite, as CI runs it"
 	@echo "make test-fast  the same without the slow tests"
 	@echo "make lint       ruff and pyright"
@@ -34,6 +35,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP)
 	$(offline) $(BIN)/grace demo
+
+study: $(STAMP)
+	$(offline) $(BIN)/python -m grace.study
 
 test: $(STAMP)
 	$(pytest)

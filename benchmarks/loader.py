@@ -9,8 +9,10 @@ What it takes to feed the published run (recipes/qwen3vl_2b_w4g128.yaml: 512 rec
 - Memory of a worker while it makes steps: all that is resident (the libraries and whatever else of the parent's it
   shares, and the batches of 32 pictures that wait), what is its own, and the same with 1,000 records for comparison.
   Also that of a process that reads 200,000 records in random order.
-- Fill: the share of the rows' budget that holds tokens. Rows are not padded, so what is not filled costs nothing by
-  itself; it says how even the micro-batches are. Lengths as Qwen's tokenizer would make them: 4.6 characters a token
+- Fill: the share of the rows' budget that holds tokens, where a whole step of 512 records, 128 or a process's 32 are
+  packed together. Rows are not padded, so what is not filled costs nothing by itself. 32 records make four rows and a
+  bit, hence five: no way of packing can fill those. But it can share the room out: "even" is the same with the longest
+  row of each step for the budget, as training cuts it (`pack_evenly`). Lengths as Qwen's tokenizer would make them: 4.6 characters a token
   (the recipe's figure), and the image processor's own count.
 - Would a GPU wait? The published run takes a day for 665k records on 16 A100s (arXiv:2601.22709), so that a GPU asks
   for 665,058 / 86,400 / 16 = 0.48 records a second, every 66.5 s for 32 of them. The rate of one core over that is how
@@ -40,7 +42,7 @@ from torch.utils.data import DataLoader
 
 from grace.config import load_recipe
 from grace.data.annotations import TextsInMemory
-from grace.data.packing import pack
+from grace.data.packing import pack, pack_evenly
 from grace.data.records import Records, load_records, text_length
 from grace.data.sampler import step_indices
 from grace.data.template import image_token_count
@@ -160,14 +162,16 @@ def lengths_of(records: Records, indices: list[int], processor: Any, sizes: dict
 
 def fill(records: Records, processor: Any, budget: int, share: int, steps: int) -> dict[str, float]:
     """Share of the budget in use where `share` records are packed together."""
-    tokens = rows = 0
+    tokens = rows = room = 0
     sizes: dict[str, int] = {}
     for step in range(steps):
         lengths = lengths_of(records, step_indices(step, share, len(records), 0), processor, sizes)
         lengths = [length for length in lengths if length <= budget]
         tokens += sum(lengths)
         rows += len(pack(lengths, budget))
-    return {"packed_together": share, "rows": rows, "tokens": tokens, "fill": tokens / (rows * budget)}
+        loads = [sum(lengths[i] for i in row) for row in pack_evenly(lengths, budget)]
+        room += len(loads) * max(loads)
+    return {"packed_together": share, "rows": rows, "tokens": tokens, "fill": tokens / (rows * budget), "even": tokens / room}  # fmt: skip
 
 
 def measure(folder: Path, records: int, steps: int) -> dict[str, Any]:
@@ -230,7 +234,9 @@ def main() -> None:
     for name, values in {**series, "a process that only reads, resident": found["reading_mb"]}.items():
         print(f"{name}, MB over time: " + " ".join(f"{one:.0f}" for one in values))
     for row in found["fill"]:
-        print(f"{row['packed_together']} records packed together: {row['fill']:.1%} of {row['rows']} rows")
+        print(
+            f"{row['packed_together']} records packed together: {row['fill']:.1%} of {row['rows']} rows; even: {row['even']:.1%}"
+        )
     print(
         f"a GPU asks for {PUBLISHED:.2f} records/s: one core makes {found['gpu']['one_core_over_it']:.0f} times that"
     )

@@ -25,7 +25,8 @@ import transformers
 from measure import high_water, machine, report
 
 from grace.checkpoint import QAT_FOLDER
-from grace.export.pack import BITS, FORMATS
+from grace.export.fit import BITS
+from grace.export.pack import FORMATS
 from grace.export.stream import Entry, write_safetensors
 from grace.files import sha256_of
 from grace.models import qwen3vl

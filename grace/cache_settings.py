@@ -122,9 +122,14 @@ def open_cache(recipe: Recipe, processor: Any, records: Sequence[Record]) -> Tea
     Pictures are checked when they are read.
 
     Raises:
-        UserError: there is none, it is damaged, or it is stale.
+        UserError: there is none, it is damaged, it is stale, or it cannot hold what the recipe wants.
     """
     assert recipe.teacher.cache is not None
+    if recipe.distill.gate_top_k is not None:
+        raise UserError(
+            f"{recipe.teacher.cache} keeps gates over the whole vocabulary, distill.gate_top_k={recipe.distill.gate_top_k} "
+            "needs the living teacher: set distill.gate_top_k=null or teacher.cache=null"
+        )
     directory = Path(recipe.teacher.cache)
     records = taken_in_run(recipe, records)
     cache = TeacherCache(directory, recipe.teacher.cache_top_k)

@@ -1,18 +1,14 @@
-"""What a run leaves on disk: resume checkpoints, and the model it ends with.
+"""The model that a run ends with.
 
-A *resume checkpoint* `checkpoints/step-000100/` holds the trainable parameters, the optimizer
-state and a small JSON state, with the SHA-256 of each tensor file. A *model directory* is a plain
-Hugging Face directory; a quantized run adds the folder `grace_qat/` with integer codes, scales and
-fp32 latents (DESIGN section 6). Both are written under a temporary name and renamed: a kill
-leaves the previous state.
+A plain Hugging Face directory; a quantized run adds the folder `grace_qat/` with integer codes, scales and fp32
+latents (DESIGN section 6). It is written under a temporary name and renamed: a kill leaves what was there before.
+What a killed run goes on from is `grace.resume_checkpoint`'s.
 
 Shape suffixes: O output features, I input features, G groups along the input.
 """
 
 import json
-import math
 import shutil
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,16 +16,17 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
+from grace.checked_files import TOKENIZER_LIMIT, read_json, safetensors_header
 from grace.errors import UserError
 from grace.files import new_directory, sha256_of
 
 QAT_FOLDER = "grace_qat"
 QAT_TENSORS = "state.safetensors"  # inside QAT_FOLDER
 FORMAT_VERSION = 1
-_UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError)
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, SafetensorError)
 
 # Files of a Hugging Face directory that travel unchanged from the base model to every output.
 VERBATIM_FILES = (
@@ -50,12 +47,16 @@ VERBATIM_FILES = (
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """One quantized linear: what is deployed (codes, scales) and what is trained (latent, theta)."""
+    """One quantized linear: what is deployed (codes, scales) and what is trained (latent, theta).
+
+    W = scales * codes; with zero points, which only other people's checkpoints have, scales * (codes - zeros).
+    """
 
     codes_OI: Tensor  # int8
-    scales_OG: Tensor  # bfloat16
+    scales_OG: Tensor  # bfloat16; from other people's files float16 or float32 too
     latent_OI: Tensor | None = None  # float32
     theta_OG: Tensor | None = None  # float32, log of the unsnapped scale
+    zeros_OG: Tensor | None = None  # int8, in the range of the codes
 
 
 @dataclass(frozen=True)
@@ -66,103 +67,6 @@ class QatState:
     group_size: int
     modules: Mapping[str, QuantizedWeight]
     info: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A resume checkpoint read back: tensors by file stem, and the JSON state."""
-
-    step: int
-    tensors: dict[str, dict[str, Tensor]]
-    state: dict[str, Any]
-
-
-# ---------------------------------------------------------------- resume checkpoints
-
-
-def save_checkpoint(
-    run_dir: Path,
-    step: int,
-    tensors: Mapping[str, Mapping[str, Tensor]],
-    state: Mapping[str, Any],
-    keep_last: int,
-    keep_best: int = 0,
-    score: float | None = None,
-) -> Path:
-    """Writes `checkpoints/step-NNNNNN`, then removes all but the newest `keep_last` and the best `keep_best`.
-
-    Args:
-        tensors: one safetensors file per key.
-        state: JSON-able values.
-        score: of this step, the lower the better; None was not measured, and is never among the best.
-    """
-    target = run_dir / "checkpoints" / f"step-{step:06d}"
-    if target.exists():  # a damaged one that resume passed over: this step is being done again
-        shutil.rmtree(target)
-    with new_directory(target) as scratch:
-        digests = {}
-        for stem, group in tensors.items():
-            file = scratch / f"{stem}.safetensors"
-            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in group.items()}, file)
-            digests[file.name] = sha256_of(file)
-        record = {"format_version": FORMAT_VERSION, "step": step, "score": score}
-        record |= {"sha256": digests, "state": dict(state)}
-        (scratch / "state.json").write_text(json.dumps(record, indent=1))
-    kept = {*checkpoint_paths(run_dir)[-keep_last:], *_best(run_dir, keep_best)}
-    for old in set(checkpoint_paths(run_dir)) - kept:
-        shutil.rmtree(old)
-    return target
-
-
-def _best(run_dir: Path, count: int) -> list[Path]:
-    """The checkpoints of the lowest scores, at most `count`; among equals the newer."""
-    scores = [(score, -at, path) for at, path in enumerate(checkpoint_paths(run_dir)) if (score := _score(path)) is not None]  # fmt: skip
-    return [path for *_, path in sorted(scores)[:count]]
-
-
-def _score(path: Path) -> float | None:
-    try:
-        score = json.loads((path / "state.json").read_text()).get("score")
-    except _UNREADABLE:
-        return None
-    return score if isinstance(score, float) and math.isfinite(score) else None
-
-
-def checkpoint_paths(run_dir: Path) -> list[Path]:
-    """Complete checkpoint directories of a run, oldest first."""
-    return sorted((run_dir / "checkpoints").glob("step-[0-9]*"))
-
-
-def load_newest_checkpoint(run_dir: Path) -> Checkpoint | None:
-    """The newest undamaged checkpoint; damaged ones are named on stderr and passed over.
-
-    Raises:
-        UserError: there are checkpoints and every one is damaged.
-    """
-    paths = checkpoint_paths(run_dir)
-    for path in reversed(paths):
-        try:
-            return _read_checkpoint(path)
-        except _UNREADABLE as error:
-            print(f"checkpoint {path} is damaged ({error}); trying the one before it", file=sys.stderr)
-    if paths:
-        raise UserError(
-            f"every checkpoint in {run_dir / 'checkpoints'} is damaged: remove the folder to start over"
-        )
-    return None
-
-
-def _read_checkpoint(path: Path) -> Checkpoint:
-    record = json.loads((path / "state.json").read_text())
-    tensors = {}
-    for name, digest in record["sha256"].items():
-        if sha256_of(path / name) != digest:
-            raise ValueError(f"{name} does not match its checksum")
-        tensors[Path(name).stem] = load_file(path / name)
-    return Checkpoint(record["step"], tensors, record["state"])
-
-
-# ---------------------------------------------------------------- model directories
 
 
 def save_model(
@@ -205,6 +109,11 @@ def _write_qat(folder: Path, qat: QatState) -> None:
             tensors[f"{name}.latent"] = weight.latent_OI.detach().cpu().contiguous()
             tensors[f"{name}.theta"] = weight.theta_OG.detach().cpu().contiguous()
     save_file(tensors, folder / QAT_TENSORS)
+    write_qat_info(folder, qat)
+
+
+def write_qat_info(folder: Path, qat: QatState) -> None:
+    """Writes `info.json` beside the tensors of `grace_qat/`, which are there already."""
     info = {
         **qat.info,
         "format_version": FORMAT_VERSION,
@@ -234,6 +143,7 @@ def read_qat(directory: Path, latents: bool = False) -> QatState:
     info = read_qat_info(directory)
     bits, group_size = info["bits"], info["group_size"]
     try:
+        safetensors_header(folder / QAT_TENSORS)
         with safe_open(folder / QAT_TENSORS, framework="pt") as file:
             modules = {
                 name: read_weight(file.get_tensor, name, bits, group_size, latents)
@@ -252,10 +162,12 @@ def read_qat_info(directory: Path) -> dict[str, Any]:
     """
     folder = directory / QAT_FOLDER
     try:
-        info = json.loads((folder / "info.json").read_text())
+        info = read_json(folder / "info.json", TOKENIZER_LIMIT, finite=False)
         info["bits"], info["group_size"] = int(info["bits"]), int(info["group_size"])
         if not isinstance(info["modules"], list) or info["group_size"] < 1 or not 2 <= info["bits"] <= 8:
             raise ValueError("info.json holds impossible values")
+        if not all(isinstance(name, str) for name in info["modules"]):
+            raise ValueError("info.json lists modules that are no names")
         if sha256_of(folder / QAT_TENSORS) != info["state_sha256"]:
             raise ValueError(f"{QAT_TENSORS} does not match its checksum")
     except _UNREADABLE as error:

@@ -1,6 +1,6 @@
 """The `grace` command. Every import of an implementation waits until its sub-command runs.
 
-grace demo | data ... | train | report | teacher-cache | export | generate | inspect | serve | bench
+grace demo | study | data ... | train | report | teacher-cache | quantize | export | push | generate | serve | eval | bench | inspect
 """
 
 import argparse
@@ -13,14 +13,14 @@ from grace.arguments import add as _add
 from grace.arguments import add_json as _add_json
 from grace.arguments import add_teacher_cache, add_train, byte_size, integer
 from grace.cli_data import add_data
+from grace.cli_eval import add_eval
+from grace.cli_publish import FORMATS, add_card, add_push, add_quantize
 from grace.cli_runtime import add_bench, add_generate
 from grace.cli_serve import add_serve
 from grace.errors import Parser, UserError, run_command
 
-# Copies of grace.runtime.int4_linear.KERNELS and grace.export.pack.FORMATS: importing those costs
-# seconds. A test keeps them equal.
+# A copy of grace.runtime.int4_linear.KERNELS: importing that costs seconds. A test keeps them equal.
 KERNELS = ("auto", "triton", "native", "aten", "dequant", "reference", "gptqmodel")
-FORMATS = ("awq", "compressed-tensors", "gguf", "mlx", "qat")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,12 +49,16 @@ def build_parser() -> Parser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for add in (
         _add_demo,
+        _add_study,
         add_data,
         _add_train,
         _add_report,
         _add_teacher_cache,
+        add_quantize,
         _add_export,
+        add_push,
         lambda commands: add_generate(commands, KERNELS),
+        lambda commands: add_eval(commands, KERNELS),
         _add_inspect,
     ):
         add(commands)
@@ -75,6 +79,24 @@ def _add_demo(commands: "argparse._SubParsersAction[Parser]") -> None:
     )
     parser.add_argument("--from-scratch", action="store_true", help="train teacher and student here as well")
     parser.add_argument("--seed", type=integer(0), default=0, help="default: %(default)s")
+    _add_json(parser)
+
+
+def _add_study(commands: "argparse._SubParsersAction[Parser]") -> None:
+    parser = _add(commands, "study", "Compare the method's parts over many seeds.", _study, "demo")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/study"), metavar="DIR", help="default: %(default)s"
+    )
+    parser.add_argument("--quick", action="store_true", help="one table, a few steps: shows the way")
+    parser.add_argument(
+        "--only", nargs="+", action="extend", default=[], metavar="TABLE", help="fill these tables alone"
+    )
+    parser.add_argument("--seeds", type=integer(1), metavar="N", help="default: 5, with --quick 2")
+    parser.add_argument("--jobs", type=integer(1), default=2, metavar="N", help="default: %(default)s")
+    parser.add_argument("--report-only", action="store_true", help="run nothing, report what is there")
+    parser.add_argument(
+        "--publish", type=Path, metavar="DIR", help="also write into recipes/RESULTS.md of a checkout"
+    )
     _add_json(parser)
 
 
@@ -102,13 +124,18 @@ def _add_export(commands: "argparse._SubParsersAction[Parser]") -> None:
     parser = _add(
         commands, "export", "Publish a trained model, codes and scales untouched.", _export, "export"
     )
-    parser.add_argument("run", metavar="RUN", type=Path, help="a finished run directory, or its model/")
+    parser.add_argument(
+        "run", metavar="RUN", type=Path, help="a finished run, an export, or another's quantized checkpoint"
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the new directory")
     parser.add_argument(
         "--format", action="append", choices=FORMATS, help="default: awq; several make sub-directories"
     )
     parser.add_argument(
-        "--parity-data", type=Path, metavar="FILE", help="records to compare on; default: those of the run"
+        "--parity-data",
+        type=Path,
+        metavar="FILE",
+        help="records to compare on; default: those of the run, or noise",
     )
     parser.add_argument(
         "--max-shard-size",
@@ -116,6 +143,7 @@ def _add_export(commands: "argparse._SubParsersAction[Parser]") -> None:
         metavar="SIZE",
         help="cut the weights, e.g. 2GB; default: one file",
     )
+    add_card(parser)
     _add_json(parser)
 
 
@@ -132,6 +160,12 @@ def _demo(args: argparse.Namespace) -> int:
     from grace.demo.pipeline import run_demo
 
     return run_demo(args)
+
+
+def _study(args: argparse.Namespace) -> int:
+    from grace.study.run import run_study
+
+    return run_study(args)
 
 
 def _train(args: argparse.Namespace) -> int:

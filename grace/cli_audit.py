@@ -52,7 +52,7 @@ def run_audit(args: argparse.Namespace) -> int:
     if errors := report["errors"]:
         parts = ", ".join(f"{kind} {count}" for kind, count in errors.items())
         raise UserError(
-            f"{report['error_records']} records have faults ({parts}), listed in {out}: "
+            f"{report['error_records']} record{'s have' if report['error_records'] > 1 else ' has'} faults ({parts}), listed in {out}: "
             "mend them, or name the classes in data.skip to train without those records"
             + (", or in data.accept to train on them" if any(CLASSES[kind].usable for kind in errors) else "")
         )

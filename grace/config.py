@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from grace.errors import UserError
 from grace.recipe_check import build, dump_yaml, matching, number, parse_yaml, read_by, show, suggest
-from grace.recipe_parts import Part, parts_of
+from grace.recipe_parts import EvalTasks, Part, parts_of
 
 
 @dataclass(frozen=True)
@@ -92,10 +92,12 @@ class Quant:
 class Distill:
     """The loss beside cross-entropy, and its controller (DESIGN section 4)."""
 
-    loss: Literal["none", "kl", "gdkd"] = "none"
+    loss: Literal["none", "kl", "gkl", "gdkd"] = "none"  # KL, the same gated, or gated decoupled KD
     temperature: float = number("(0, inf)", default=2.0)
     tckd_weight: float = number("[0, inf)", default=1.0)
     nckd_weight: float = number("[0, inf)", default=4.0)
+    gate_sharpness: float = number("[0, inf)", default=1.0)  # k of exp(-k h); 0 believes every token alike
+    gate_top_k: int | None = number("[2, inf)", default=None)  # h over the likeliest tokens alone
     beta_init: float = number("[0, inf)", default=0.0)
     beta_min: float = number("[0, inf)", default=0.0)
     beta_max: float = number("[0, inf)", default=0.0)
@@ -125,7 +127,7 @@ class Optim:
 
 
 @dataclass(frozen=True)
-class Run:
+class Run(EvalTasks):
     """Where the run lives, how long it is, what it reports."""
 
     output_dir: str

@@ -5,6 +5,7 @@ job script starts the same command again. Anything else is our mistake: the trac
 """
 
 import argparse
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -13,6 +14,10 @@ from typing import Any, NoReturn
 
 class UserError(Exception):
     """The user's input is wrong. The message is one line: what is wrong and how to mend it."""
+
+
+class Told(UserError):
+    """One that another process of the run, or this one, has printed already."""
 
 
 class Preempted(Exception):
@@ -44,19 +49,27 @@ class Parser(argparse.ArgumentParser):
         return found, extras
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {' '.join(message.split())} (see `{self.prog} --help`)\n")
+        is_first = os.environ.get("RANK", "0") == "0"  # of the processes that were all given these arguments
+        self.exit(2, f"error: {' '.join(message.split())} (see `{self.prog} --help`)\n" if is_first else None)
+
+
+def told(error: UserError) -> str:
+    """The line that says what is wrong."""
+    return f"error: {' '.join(str(error).split())}"
 
 
 def run_command(command: Callable[[], int | None]) -> int:
     """Runs `command` and turns its outcome into a process exit code (0, 1, 2, 75 or 130)."""
     try:
         return command() or 0
+    except Told:
+        return 2
     except UserError as error:
-        message = " ".join(str(error).split())
-        print(f"error: {message}", file=sys.stderr)
+        print(told(error), file=sys.stderr)
         return 2
     except Preempted as reason:
-        print(f"stopped: {reason}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # all processes stop together
+            print(f"stopped: {reason}", file=sys.stderr)
         return PREEMPTED_CODE
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -1,7 +1,9 @@
 """Writing so that a crash leaves either the old file or the new one, never half of either."""
 
 import contextlib
+import errno
 import fcntl
+import glob
 import hashlib
 import os
 import shutil
@@ -10,12 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
+from grace.checked_files import open_regular
 from grace.errors import UserError
 
 
 def sha256_of(path: Path) -> str:
-    """Hex SHA-256 of a file's bytes."""
-    with path.open("rb") as file:
+    """Hex SHA-256 of a file's bytes; what is no file (a pipe, a device) raises `DamagedFile`."""
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -89,6 +92,24 @@ def locked(directory: Path, field: str) -> Iterator[None]:
         _held.discard(lock)
 
 
+@contextlib.contextmanager
+def writing_to(directory: Path, field: str) -> Iterator[None]:
+    """Turns what the disk refuses in the block into the user's error.
+
+    Args:
+        field: what the user would set to choose another directory.
+
+    Raises:
+        UserError: no room, no permission, or the like.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot write to {directory} ({error.strerror or error}): make room, or set {field}"
+        ) from error
+
+
 def _let_go() -> None:
     """In a forked child: its copy would keep a lock that died with its parent, for as long as the child lives on."""
     while _held:
@@ -109,15 +130,23 @@ def require_free(path: Path, flag: str = "--out") -> None:
 def new_directory(path: Path, flag: str = "--out") -> Iterator[Path]:
     """Yields a temporary sibling of `path`; on success it is synced and renamed to `path`.
 
-    On any failure the temporary directory is removed and `path` is as it was.
+    On any failure the temporary directory is removed and `path` is as it was. What a writer of the same
+    `path` left that was killed, and could remove nothing itself, is removed first.
 
     Raises:
-        UserError: `path` already holds files, or its parent cannot be written to.
+        UserError: `path` already holds files, its parent cannot be written to, or the disk is full.
     """
     require_free(path, flag)
+    path = path.resolve() if path.is_symlink() else path
+    lock = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.tmp-", dir=path.parent))
+        _remove_abandoned(path)
+        # It gets the name that others look for once it is locked.
+        made = Path(tempfile.mkdtemp(prefix=f".{path.name}.new-", dir=path.parent))
+        lock = _lock_of(made)
+        scratch = made.with_name(f".{path.name}.tmp-{made.name.rpartition('-')[2]}")
+        made.rename(scratch)
     except OSError as error:
         raise UserError(f"cannot write to {path.parent} ({error.strerror}): choose another {flag}") from error
     try:
@@ -131,7 +160,37 @@ def new_directory(path: Path, flag: str = "--out") -> Iterator[Path]:
         if path.is_dir():
             path.rmdir()
         os.rename(scratch, path)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(scratch, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(
+                f"{path.parent} is full ({error.strerror}): free some space, or choose another {flag}"
+            ) from error
         raise
+    finally:
+        if lock is not None:
+            os.close(lock)
     sync(path.parent)
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Removes the temporary directories of `path` whose writers are no more: nobody holds their locks."""
+    for scratch in path.parent.glob(f".{glob.escape(path.name)}.tmp-*"):
+        lock = _lock_of(scratch)
+        if lock is not None:
+            shutil.rmtree(scratch, ignore_errors=True)
+            os.close(lock)
+
+
+def _lock_of(directory: Path) -> int | None:
+    """A descriptor that holds a directory's lock; None where another process holds it or there are no locks."""
+    try:
+        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor

@@ -20,7 +20,8 @@ from grace.errors import UserError
 from grace.models import qwen3vl
 from grace.models.processor import load_processor
 from grace.models.tiny import build_tokenizer, tiny_config
-from grace.plan_memory import Sizes, memory, teacher_elsewhere
+from grace.plan_memory import Sizes, memory, memory_by_mode, teacher_elsewhere
+from grace.plan_modes import launched_mode
 from grace.plan_text import format_plan
 from grace.run import total_steps
 from grace.run_data import load_run_data
@@ -83,7 +84,8 @@ def plan(recipe: Recipe, world_size: int | None = None) -> dict[str, Any]:
         "data": data,
         "schedule": schedule,
         "distillation": _distillation(recipe),
-        "memory": memory(sizes, recipe),
+        "memory": memory(sizes, recipe, launched_mode(world_size)),
+        "memory_by_mode": memory_by_mode(sizes, recipe),
         "teacher_memory": teacher_elsewhere(sizes, recipe),
         "notes": _notes(recipe, schedule),
     }

@@ -8,15 +8,17 @@ Letters in the formulas: D width, Q query width, K key width, F feed-forward wid
 T tokens of a micro-batch, V vocabulary.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from grace.config import Recipe
 from grace.distill.fused import CHUNK_BYTES
 from grace.models import qwen3vl
 from grace.models.placement import block_bytes, spread, weight_bytes
+from grace.plan_modes import MODES, state_rows
 
 GIB = 2**30
+PROCESSES = 8  # of the files in recipes/accelerate/
 
 # Bytes saved per token and decoder layer, by width; the residual stream is float32 in both cases.
 DECODER = {"bf16": {"D": 26, "Q": 10, "K": 10, "F": 8}, "fp32": {"D": 24, "Q": 16, "K": 16, "F": 16}}
@@ -54,21 +56,16 @@ class Sizes:
     world_size: int
 
 
-def memory(sizes: Sizes, recipe: Recipe) -> dict[str, Any]:
-    """Items {name, gib, formula} and their sum, for one process at its fullest moment."""
+def memory(sizes: Sizes, recipe: Recipe, mode: str) -> dict[str, Any]:
+    """Items {name, gib, formula} and their sum, for one process at its fullest moment, and what it holds on the host.
+
+    Args:
+        mode: how it was launched, of `grace.plan_modes`.
+    """
     precision, width = recipe.run.precision, 4 if recipe.run.precision == "fp32" else 2
     checkpointing = recipe.run.gradient_checkpointing
-    student = sum(p.numel() for p in sizes.student.parameters())
-    learned = sizes.trained + sizes.scales
     linears = {name: m.weight.numel() for name, m in qwen3vl.decoder_linears(sizes.student).items()}
-    items = [
-        ("student weights", student * 4, "4 bytes x parameters (float32 latents)"),
-        ("theta", sizes.scales * 4, "4 bytes x scales"),
-        ("gradients", learned * 4, "4 bytes x trained"),
-        ("Adam moments", learned * 8, "8 bytes x trained"),
-    ]
-    if sizes.world_size > 1:
-        items.append(("DDP buckets", learned * 4, "4 bytes x trained (gradients in flight)"))
+    items, host = state_rows(mode, sizes.student, sizes.trained, sizes.scales, sizes.world_size)
     if sizes.teacher is not None:
         items += _teacher_items(sizes, recipe)
     elif recipe.distils:
@@ -92,8 +89,33 @@ def memory(sizes: Sizes, recipe: Recipe) -> dict[str, Any]:
         )
     )
     items += _loss_items(sizes, width)
-    rows = [{"name": name, "gib": size / GIB, "formula": formula} for name, size, formula in items if size]
-    return {"items": rows, "total_gib": sum(row["gib"] for row in rows), "activations": _both(sizes, recipe)}
+    rows, host_rows = (
+        [{"name": name, "gib": size / GIB, "formula": formula} for name, size, formula in some if size]
+        for some in (items, host)
+    )
+    return {
+        "mode": mode,
+        "items": rows,
+        "total_gib": sum(row["gib"] for row in rows),
+        "host_items": host_rows,
+        "host_gib": sum(row["gib"] for row in host_rows),
+        "activations": _both(sizes, recipe),
+    }
+
+
+def memory_by_mode(sizes: Sizes, recipe: Recipe) -> list[dict[str, Any]]:
+    """Rows {mode, processes, gib, host_gib} of a process for each way of launching several.
+
+    With as many processes as there are, or as the files of `recipes/accelerate/` ask for.
+    """
+    processes = sizes.world_size if sizes.world_size > 1 else PROCESSES
+    share = -(-recipe.optim.batch_size // processes)
+    there = replace(sizes, world_size=processes, share=share, records=min(sizes.records, share))
+    found = {mode: memory(there, recipe, mode) for mode in MODES}
+    return [
+        {"mode": mode, "processes": processes, "gib": one["total_gib"], "host_gib": one["host_gib"]}
+        for mode, one in found.items()
+    ]
 
 
 def activation_bytes(

@@ -1,6 +1,6 @@
 """A plan (`grace.plan`) as aligned text for people."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
@@ -20,15 +20,33 @@ def format_plan(plan: Mapping[str, Any]) -> str:
     ]
     lines += ["", "schedule", *_schedule_lines(plan["schedule"], plan["data"])]
     lines += ["", "distillation", *_distillation_lines(plan["distillation"])]
-    lines += ["", "memory of one process, GiB (estimated)"]
-    lines += [_gib(item) for item in plan["memory"]["items"]]
-    lines += [f"  {'total':<18}{plan['memory']['total_gib']:>15.2f}"]
+    lines += _memory_lines(plan["memory"], plan["memory_by_mode"])
     if plan["teacher_memory"]:
         lines += ["", f"memory of its teacher on {_place(plan['teacher']['device'])}, GiB"]
         lines += [_gib(row) for row in plan["teacher_memory"]]
     if plan["notes"]:
         lines += ["", "notes"] + [f"  {note}" for note in plan["notes"]]
     return "\n".join(lines).lstrip("\n")
+
+
+def _memory_lines(memory: Mapping[str, Any], by_mode: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Of one process as it was launched, item by item; then what it would be launched otherwise."""
+    how = "one process" if memory["mode"] == "single" else f"one process of {memory['mode']}"
+    lines = ["", f"memory of {how}, GiB (estimated)", *(_gib(item) for item in memory["items"])]
+    lines.append(f"  {'total':<18}{memory['total_gib']:>15.2f}")
+    if memory["host_items"]:
+        lines += [
+            "",
+            "  in the machine's memory, for each process",
+            *(_gib(item) for item in memory["host_items"]),
+        ]
+        lines.append(f"  {'total':<18}{memory['host_gib']:>15.2f}")
+    processes = by_mode[0]["processes"]
+    lines += ["", f"memory of one of {processes} processes by the files of recipes/accelerate/, GiB"]
+    for row in by_mode:
+        host = f"  and {row['host_gib']:.2f} of the machine's memory" if row["host_gib"] else ""
+        lines.append(f"  {row['mode']:<18}{row['gib']:>15.2f}{host}")
+    return lines
 
 
 def _gib(row: Mapping[str, Any]) -> str:

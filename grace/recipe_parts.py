@@ -1,11 +1,22 @@
-"""The annotation files of a recipe: one, or several of which an epoch takes different shares."""
+"""Parts of a recipe: its annotation files, one or several of which an epoch takes different shares; its benchmarks."""
 
 import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from grace.recipe_check import number
+
 EXPECTED = "expected a file, or files and weights, such as {a.json: 1, b.json: {weight: 0.1, cap: 5000}}"
 MOST = 1000  # times that an epoch may take a file: more is a slip of the pen
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalTasks:
+    """Benchmarks of which a run asks a few questions whenever it validates; see `grace eval`."""
+
+    eval_tasks: tuple[str, ...] = ()
+    eval_data: tuple[str, ...] = ()  # TASK=PATH; a task without one comes from the Hub
+    eval_limit: int = number("[1, inf)", default=64)  # questions of each
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,12 @@ from accelerate.utils import get_int_from_env
 from torch import Tensor
 
 from grace import checkpoint
+from grace.agreement import agreed
 from grace.config import Recipe, Teacher, load_recipe, recipe_diff
 from grace.data.sampler import steps_of
 from grace.distill.cache_store import TeacherCache
 from grace.distill.controller import IBController
+from grace.distill.gate import GateShape
 from grace.errors import UserError
 from grace.files import locked, remove_leftovers
 from grace.models import qwen3vl
@@ -29,6 +31,7 @@ from grace.models.processor import load_processor
 from grace.parallel import Replicas, placed
 from grace.quant.fake_quant import Kernels, TorchKernels, use_kernels
 from grace.recipe_check import require_field
+from grace.resume_checkpoint import checkpoint_paths
 from grace.run_files import RECIPE_FILE
 from grace.student import Objective, StudentWithLoss, row_kernel
 from grace.watch import Watch
@@ -41,6 +44,9 @@ RESUME_MAY_CHANGE = (
     "run.wandb",
     "run.wandb_project",
     "run.wandb_model",
+    "run.eval_tasks",
+    "run.eval_data",
+    "run.eval_limit",
     "data.num_workers",
     "data.accept",
     "data.audit",
@@ -78,6 +84,41 @@ def set_up(
         cache: what stands in for a teacher.
     """
     device, options = accelerator.device, recipe.distill
+    with agreed(accelerator):
+        model, base_config = loaded_student(recipe, device)
+        teacher, vocabulary = None, qwen3vl.head_weight(model).shape[0]
+        if cache is not None:
+            vocabulary = cache.vocabulary
+        elif recipe.distils:
+            assert recipe.teacher.path is not None  # the recipe was validated
+            require_same_tokenizer(tokenizer, recipe.teacher.path)
+            teacher = placed_teacher(recipe.teacher, device, accelerator.num_processes)
+            vocabulary = min(vocabulary, qwen3vl.head_weight(teacher).shape[0])
+        kernels = chosen_kernels(recipe.run.kernels, device.type)
+    use_kernels(device.type, quantizer_kernels(kernels))
+    objective = Objective(
+        options.loss, options.temperature, options.tckd_weight, options.nckd_weight, vocabulary,
+        row_kernel(kernels), GateShape(options.gate_sharpness, options.gate_top_k),
+    )  # fmt: skip
+    controller = IBController(
+        options.tau, options.eta, options.beta_init, options.beta_min, options.beta_max,
+        ema_decay=options.ema_decay, tau_fraction=options.tau_fraction, tau_warmup_steps=options.tau_warmup_steps,
+    )  # fmt: skip
+    student = StudentWithLoss(model, objective, compute_dtype(recipe))
+    with agreed(accelerator):  # what is wrong here is the same in all
+        parallel = placed(
+            accelerator, student, lambda m: make_optimizer(m, recipe), recipe.optim.max_grad_norm
+        )
+    return Run(
+        recipe, accelerator, model, parallel, teacher, controller, objective, steps, base_config, kernels,
+        Watch(recipe, accelerator, model, teacher, parallel.optimizer), cache,
+    )  # fmt: skip
+
+
+def loaded_student(
+    recipe: Recipe, device: torch.device
+) -> tuple[qwen3vl.Qwen3VLForConditionalGeneration, Any]:
+    """The student, quantized as the recipe says, and its configuration as it was read."""
     model = qwen3vl.load_model(recipe.student.path, torch.float32, device)
     base_config = copy.deepcopy(model.config)
     if not recipe.student.train_vision:
@@ -87,30 +128,7 @@ def set_up(
     qwen3vl.put_loss_head(model)
     if recipe.run.gradient_checkpointing:
         qwen3vl.enable_checkpointing(model)
-    teacher, vocabulary = None, qwen3vl.head_weight(model).shape[0]
-    if cache is not None:
-        vocabulary = cache.vocabulary
-    elif recipe.distils:
-        assert recipe.teacher.path is not None  # the recipe was validated
-        require_same_tokenizer(tokenizer, recipe.teacher.path)
-        teacher = placed_teacher(recipe.teacher, device, accelerator.num_processes)
-        vocabulary = min(vocabulary, qwen3vl.head_weight(teacher).shape[0])
-    kernels = chosen_kernels(recipe.run.kernels, device.type)
-    use_kernels(device.type, quantizer_kernels(kernels))
-    objective = Objective(
-        options.loss, options.temperature, options.tckd_weight, options.nckd_weight, vocabulary,
-        row_kernel(kernels),
-    )  # fmt: skip
-    controller = IBController(
-        options.tau, options.eta, options.beta_init, options.beta_min, options.beta_max,
-        ema_decay=options.ema_decay, tau_fraction=options.tau_fraction, tau_warmup_steps=options.tau_warmup_steps,
-    )  # fmt: skip
-    student = StudentWithLoss(model, objective, compute_dtype(recipe))
-    parallel = placed(accelerator, student, lambda m: make_optimizer(m, recipe), recipe.optim.max_grad_norm)
-    return Run(
-        recipe, accelerator, model, parallel, teacher, controller, objective, steps, base_config, kernels,
-        Watch(recipe, accelerator, model, teacher, parallel.optimizer), cache,
-    )  # fmt: skip
+    return model, base_config
 
 
 def compute_dtype(recipe: Recipe) -> torch.dtype:
@@ -264,7 +282,7 @@ def require_same_recipe(run_dir: Path, recipe: Recipe, allow_changed: Sequence[s
                 f"{run_dir} holds files that are not a run's: set run.output_dir to a new directory"
             )
         return
-    if not checkpoint.checkpoint_paths(run_dir) and not (run_dir / "model").exists():
+    if not checkpoint_paths(run_dir) and not (run_dir / "model").exists():
         return
     changes = recipe_diff(load_recipe(written), recipe)
     refused = [

@@ -15,7 +15,7 @@ import grace
 from grace import tracking_wandb
 from grace.config import Recipe
 from grace.data.audit_list import list_path, summary_path
-from grace.files import write_text
+from grace.files import write_text, writing_to
 from grace.recipe_parts import paths_of
 from grace.run_files import ENVIRONMENT_FILE, RECIPE_FILE
 from grace.tracking import Tracker
@@ -58,7 +58,8 @@ def announce(tracker: Tracker, recipe: Recipe, accelerator: Accelerator) -> None
     if not accelerator.is_main_process:
         return
     known = {**environment(accelerator), "total_steps": tracker.total_steps}
-    write_text(tracker.run_dir / ENVIRONMENT_FILE, json.dumps(known, indent=1) + "\n")
+    with writing_to(tracker.run_dir, "run.output_dir"):
+        write_text(tracker.run_dir / ENVIRONMENT_FILE, json.dumps(known, indent=1) + "\n")
     tracker.start_wandb(recipe.run.wandb, recipe.run.wandb_project, {**asdict(recipe), "environment": known})
     if tracker.run is None:
         return

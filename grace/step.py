@@ -17,6 +17,8 @@ from torch import Tensor
 
 from grace import step_stats
 from grace.data.batch import Batch
+from grace.distill.gate import PUBLISHED, GateShape
+from grace.distill.objective import GATED
 from grace.distill.teacher import IGNORE_INDEX, TeacherSignals, supervised, teacher_signals
 from grace.models import qwen3vl
 from grace.parallel import Replicas
@@ -83,6 +85,7 @@ def run_teacher(
     batches: Sequence[Batch | None],
     vocabulary: int,
     teacher_batches: Sequence[Batch | None] | None = None,
+    gate: GateShape = PUBLISHED,
 ) -> list[TeacherSignals | None]:
     """The teacher over every micro-batch of the step, keeping only what the student needs.
 
@@ -109,7 +112,7 @@ def run_teacher(
             continue
         grids = batch.image_grid_thw_N3
         mine = tuple(itertools.islice(pictures, 0 if grids is None else len(grids)))
-        results.append(teacher_signals(next(parts), head_VE, mine, vocabulary))
+        results.append(teacher_signals(next(parts), head_VE, mine, vocabulary, gate))
     return results
 
 
@@ -202,7 +205,7 @@ def forward_backward(
         seen = step_stats.add_image_sums(seen, part_seen)
     slots = step_stats.in_slots(seen, accelerator.process_index, accelerator.num_processes)
     ce_sum, kd_sum, rcka_sum, degenerate, *images = reduce_sum(accelerator, torch.cat([sums, slots])).tolist()
-    kd_norm = counts.gate_sum if kind == "gdkd" else counts.tokens
+    kd_norm = counts.gate_sum if kind in GATED else counts.tokens
     ce, kd, rcka = ce_sum / counts.tokens, kd_sum / kd_norm, rcka_sum / counts.images
     total_loss = ce + weights.beta * kd + weights.omega * rcka
     cka = step_stats.image_stats(images, rcka_sum)

@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 
 from grace.cache_settings import cached_record
 from grace.data.batch import Batch, collate
-from grace.data.packing import collate_packed, pack
+from grace.data.packing import collate_packed, pack_evenly
 from grace.data.records import Record, mixture_of, text_length
 from grace.data.sampler import split_step, step_indices
 from grace.data.template import Sample, encode
@@ -77,7 +77,7 @@ class StepBatches(Dataset):
         groups = consecutive([len(share) for share in shares])
         if recipe.run.micro_batch_tokens is not None:
             lengths = [len(sample.input_ids_L) for sample in samples]
-            groups = pack(lengths, recipe.run.micro_batch_tokens) or [[]]
+            groups = pack_evenly(lengths, recipe.run.micro_batch_tokens) or [[]]
             order = [i for group in groups for i in group]
             mine, samples = [mine[i] for i in order], [samples[i] for i in order]
             groups = consecutive([len(group) for group in groups])
@@ -97,7 +97,8 @@ class StepBatches(Dataset):
     ) -> list[CachedSignals | None]:
         """The teacher's side of each micro-batch."""
         known = [cached_record(cache, record) for record in records]
-        return [collate_cached([known[i] for i in group]) if group else None for group in groups]
+        sharpness = self.recipe.distill.gate_sharpness
+        return [collate_cached([known[i] for i in group], sharpness) if group else None for group in groups]
 
     def batches(self, samples: Sequence[Sample], groups: Sequence[Sequence[int]]) -> list[Batch | None]:
         """Samples by groups of their indices, each packed or padded; none make None."""
@@ -108,6 +109,11 @@ class StepBatches(Dataset):
         if self.recipe.data.packing:
             return collate_packed(samples, self.processor.image_processor.merge_size)
         return collate(samples, self.processor.tokenizer.pad_token_id)
+
+
+def wrong_input(inputs: StepInputs | UserError) -> UserError | None:
+    """What is wrong with a step's inputs, where something is."""
+    return inputs if isinstance(inputs, UserError) else None
 
 
 def consecutive(sizes: Sequence[int]) -> list[range]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from grace.data.batch import Batch
+from grace.distill.gate import GateShape
 from grace.distill.objective import LossParts
 
 # A gate is exp(-H / log V), hence in [1/e, 1]: 16 bins of .04. CKA is in [0, 1]: 20 bins of .05.
@@ -41,17 +42,19 @@ def gate_sums(gate_T: Tensor) -> Tensor:
     return torch.cat([sums, histogram(wide_T, torch.ones_like(wide_T), GATE_BINS, *GATE_RANGE)])
 
 
-def gate_stats(sums: Sequence[float], vocabulary: int) -> Stats:
-    """What `gate_sums` amount to: mean gate, the teacher's entropy H = -log(g) log V in nats, shares of the bins."""
+def gate_stats(sums: Sequence[float], shape: GateShape, vocabulary: int) -> Stats:
+    """What `gate_sums` amount to: mean gate, the teacher's entropy H = -log(g) log V / k in nats, shares of the bins.
+
+    The entropy is that of the tokens that the gate looks at, and not known where every gate is 1 by design.
+    """
     gates, log_gates, *counts = sums
     tokens = math.fsum(counts)
     if not tokens:
         return {}
-    return {
-        "gate/mean": gates / tokens,
-        "gate/histogram": [count / tokens for count in counts],
-        "teacher/entropy": log_gates * math.log(vocabulary) / tokens,
-    }
+    stats: Stats = {"gate/mean": gates / tokens, "gate/histogram": [count / tokens for count in counts]}
+    if shape.sharpness > 0:
+        stats["teacher/entropy"] = log_gates * shape.most(vocabulary) / shape.sharpness / tokens
+    return stats
 
 
 # ---------------------------------------------------------------- images

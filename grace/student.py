@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from grace.data.batch import Batch
 from grace.distill.cached import CachedSignals
 from grace.distill.fused import RowKernel
+from grace.distill.gate import PUBLISHED, GateShape
 from grace.distill.objective import micro_batch_loss
 from grace.distill.rows import RowLosses, RowSettings, TopKRows, loss_rows
 from grace.distill.teacher import IGNORE_INDEX, TeacherSignals, supervised
@@ -26,12 +27,13 @@ Signals = TeacherSignals | CachedSignals
 class Objective:
     """The constants of the loss."""
 
-    kind: str  # none | kl | gdkd
+    kind: str  # none | kl | gkl | gdkd
     temperature: float
     tckd_weight: float
     nckd_weight: float
     vocabulary: int  # shared by teacher and student
     row_kernel: RowKernel = loss_rows
+    gate: GateShape = PUBLISHED
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.progress import track
 from torch.utils.data import DataLoader, Dataset
 
+from grace.agreement import agreed, same_in_all
 from grace.arguments import RECORDS_PER_SHARD, add_teacher_cache
 from grace.cache_settings import cache_settings, refuse_other_settings
 from grace.config import Recipe, load_recipe
@@ -46,7 +47,7 @@ from grace.distill.cache_store import (
 from grace.distill.cached import CachedRecord, pack_gram, teacher_top_k
 from grace.distill.teacher import IGNORE_INDEX
 from grace.errors import Parser, UserError, run_command
-from grace.files import locked
+from grace.files import locked, writing_to
 from grace.models import qwen3vl
 from grace.models.processor import load_processor
 from grace.parallel import make_accelerator
@@ -64,8 +65,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     def command() -> int:
-        recipe = load_recipe(args.recipe, args.overrides)
-        accelerator = make_accelerator()
+        with same_in_all():
+            recipe = load_recipe(args.recipe, args.overrides)
+            accelerator = make_accelerator()
         summary = fill_cache(recipe, args.out, accelerator, args.records_per_shard)
         if accelerator.is_main_process:
             print("{cache}: {records} records, {tokens} tokens, {images} images, {bytes:,} bytes; {added} records "
@@ -88,37 +90,39 @@ def fill_cache(
         UserError: no teacher, unusable data, or `out` holds something else or a cache made otherwise.
         NonFiniteLoss: the teacher's output is NaN or infinite; names the records.
     """
-    if recipe.teacher.path is None:
-        raise UserError("the recipe names no teacher: set teacher.path")
     start = time.perf_counter()
-    processor = load_processor(recipe.student.path, recipe.data.min_pixels, recipe.data.max_pixels)
-    require_same_tokenizer(processor.tokenizer, recipe.teacher.path)
-    records = taken_in_run(recipe, load_run_data(recipe, processor, validation=False).records)
+    with agreed(accelerator):
+        if recipe.teacher.path is None:
+            raise UserError("the recipe names no teacher: set teacher.path")
+        processor = load_processor(recipe.student.path, recipe.data.min_pixels, recipe.data.max_pixels)
+        require_same_tokenizer(processor.tokenizer, recipe.teacher.path)
+        records = taken_in_run(recipe, load_run_data(recipe, processor, validation=False).records)
     with contextlib.ExitStack() as stack:
-        if accelerator.is_main_process:
-            stack.enter_context(locked(out, "--out"))
-            prepare(out, cache_settings(recipe, processor))
-        accelerator.wait_for_everyone()
-        cache = TeacherCache(out)
+        with agreed(accelerator):
+            if accelerator.is_main_process:
+                stack.enter_context(locked(out, "--out"))
+                prepare(out, cache_settings(recipe, processor))
+        with agreed(accelerator):
+            cache = TeacherCache(out)
+            teacher = placed_teacher(recipe.teacher, accelerator.device, accelerator.num_processes)
         # As many stretches at a time as there are processes, then one line in the index for each.
         starts = range(0, len(records), records_per_shard)
         stretches = [range(start, min(start + records_per_shard, len(records))) for start in starts]
         rounds = math.ceil(len(stretches) / accelerator.num_processes)
         mine = stretches[accelerator.process_index :: accelerator.num_processes]
         loader = load(recipe, records, mine, processor, cache)
-        teacher, index = (
-            placed_teacher(recipe.teacher, accelerator.device, accelerator.num_processes),
-            cache.index,
-        )
+        index = cache.index
         first = 1 + max((int(Path(shard.file).stem[6:]) for shard in index.shards), default=-1)
         for turn in progress(range(rounds), "shards", accelerator.is_main_process):
-            found = teach(teacher, next(loader, ()), index.settings, accelerator.device)
             number = first + turn * accelerator.num_processes + accelerator.process_index
-            shard = write_shard(out, number, *zip(*found, strict=True)) if found else None
+            with agreed(accelerator), writing_to(out, "--out"):
+                found = teach(teacher, next(loader, ()), index.settings, accelerator.device)
+                shard = write_shard(out, number, *zip(*found, strict=True)) if found else None
             added = [shard for shard in gather_object([shard]) if shard is not None]
             index = replace(index, shards=(*index.shards, *added))
-            if accelerator.is_main_process and added:
-                index.write(out)
+            with agreed(accelerator), writing_to(out, "--out"):
+                if accelerator.is_main_process and added:
+                    index.write(out)
     totals = {
         name: sum(getattr(shard, name) for shard in index.shards)
         for name in ("records", "tokens", "images", "bytes")

@@ -17,6 +17,7 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from grace import tracking_wandb
+from grace.errors import UserError
 from grace.files import write_text
 from grace.run_files import METRICS_FILE
 
@@ -160,11 +161,22 @@ class Tracker:
         self._show(step, means)
 
     def log(self, step: int, values: Values) -> None:
-        """Writes one JSON line, and the same values to W&B."""
+        """Writes one JSON line, and the same values to W&B.
+
+        Raises:
+            UserError: the line cannot be written.
+        """
         if not self.is_main:
             return
-        with (self.run_dir / METRICS_FILE).open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+        path = self.run_dir / METRICS_FILE
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, **values}) + "\n")
+        except OSError as error:
+            raise UserError(
+                f"{path} cannot be written ({error.strerror}): make room or mend it, then start the same command "
+                "again: it goes on from the newest checkpoint"
+            ) from error
         if self.run is not None:
             tracking_wandb.log(self.run, step, values, self.edges)
 
@@ -208,15 +220,15 @@ def is_timing(name: str) -> bool:
 
 
 def rewind_metrics(path: Path, step: int) -> None:
-    """Keeps the complete lines of `path` up to `step`; a half-written last line is dropped."""
+    """Keeps the complete lines of `path` up to `step`; a half-written last line, or a damaged one, is dropped."""
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_bytes().decode(errors="replace").split("\n"):
         try:
-            record = json.loads(line)
-        except ValueError:
+            at = json.loads(line).get("step", 0)
+        except (ValueError, AttributeError, RecursionError):
             continue
-        if record.get("step", 0) <= step:
+        if isinstance(at, int) and at <= step:
             kept.append(line)
     write_text(path, "".join(f"{line}\n" for line in kept))

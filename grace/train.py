@@ -7,6 +7,7 @@ The same command continues a run that was interrupted, from its newest checkpoin
 directory ends with `model/`: a QAT checkpoint when quantization is on, else a plain model.
 """
 
+import contextlib
 import math
 import os
 import sys
@@ -19,30 +20,29 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from grace.agreement import agreed, same_in_all, settle
 from grace.arguments import add_train
 from grace.cache_settings import open_cache
 from grace.checkpoint_saver import CheckpointSaver
 from grace.config import Recipe, load_recipe
-from grace.data.batch import Batch, collate
 from grace.data.records import Record, mixture_of
-from grace.data.template import encode
-from grace.errors import Parser, Preempted, UserError, run_command
-from grace.evaluation.exact_match import evaluate
-from grace.evaluation.samples import sample_table
+from grace.errors import Parser, Preempted, run_command
 from grace.models import qwen3vl
 from grace.models.processor import load_processor
 from grace.parallel import make_accelerator
 from grace.preemption import ignore_in_worker, listening
-from grace.run import Run, claimed, compute_dtype, set_up, total_steps
+from grace.run import Run, claimed, set_up, total_steps
 from grace.run_data import load_run_data, require_same_on_all_ranks
 from grace.run_info import announce, publish_model
 from grace.run_save import resume, save_final_model, save_resume_state
+from grace.run_tasks import QuickTasks, quick_tasks, task_scores
 from grace.schedule import learning_rate_factor
-from grace.step import NonFiniteLoss, forward_backward, reduce_sum, run_teacher
-from grace.step_inputs import StepBatches, StepInputs
+from grace.step import NonFiniteLoss, forward_backward, run_teacher
+from grace.step_inputs import StepBatches, StepInputs, wrong_input
 from grace.step_stats import Stats, gate_stats, padding_share
-from grace.student import Signals, Weights, autocast
+from grace.student import Signals, Weights
 from grace.tracking import Tracker
+from grace.validation import validate
 from grace.watch import HISTOGRAM_EDGES, controller_values
 
 WindowEnd = Literal["no", "yes", "layers"]
@@ -56,15 +56,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     def command() -> int:
-        recipe = load_recipe(args.recipe, args.overrides)
+        with same_in_all():
+            recipe = load_recipe(args.recipe, args.overrides)
         if args.dry_run:
-            from grace.plan import format_plan, plan
+            if os.environ.get("RANK", "0") == "0":  # one plan, however many processes were launched
+                from grace.plan import format_plan, plan
 
-            text = format_plan(plan(recipe))
-            if os.environ.get("RANK", "0") == "0":
-                print(text)
-        else:
+                print(format_plan(plan(recipe)))
+            return 0
+        try:
             train(recipe, args.allow_changed)
+        finally:
             if torch.distributed.is_initialized():  # its threads must not outlive the interpreter
                 torch.distributed.destroy_process_group()
         return 0
@@ -84,20 +86,27 @@ def train(recipe: Recipe, allow_changed: Sequence[str] = ()) -> Path:
         NonFiniteLoss: training diverged; nothing was stepped or saved after the last good step.
     """
     run_dir = Path(recipe.run.output_dir)
-    accelerator = make_accelerator()
-    with claimed(run_dir, recipe, accelerator.is_main_process, allow_changed):
+    with same_in_all():
+        accelerator = make_accelerator()
+    with contextlib.ExitStack() as held:
+        with agreed(accelerator):
+            held.enter_context(claimed(run_dir, recipe, accelerator.is_main_process, allow_changed))
         if (run_dir / "model").is_dir():
             accelerator.print(f"{run_dir} is finished: its model is {run_dir / 'model'}", file=sys.stderr)
             return run_dir / "model"
         torch.manual_seed(recipe.run.seed)
-        processor = load_processor(recipe.student.path, recipe.data.min_pixels, recipe.data.max_pixels)
-        data = load_run_data(recipe, processor)
-        require_same_on_all_ranks(data, accelerator)
+        with agreed(accelerator):
+            processor = load_processor(recipe.student.path, recipe.data.min_pixels, recipe.data.max_pixels)
+            data = load_run_data(recipe, processor)
+            quick = quick_tasks(recipe)
+        with agreed(accelerator):
+            require_same_on_all_ranks(data, accelerator)
         for note in data.notes():
             accelerator.print(note, file=sys.stderr)
         records, validation = data.records, data.validation[: recipe.run.eval_records]
         cached = recipe.distils and recipe.teacher.cache is not None
-        cache = open_cache(recipe, processor, records) if cached else None
+        with agreed(accelerator):
+            cache = open_cache(recipe, processor, records) if cached else None
         steps = total_steps(recipe, mixture_of(records).epoch)
         run = set_up(recipe, accelerator, processor.tokenizer, steps, cache)
         run.records = data.digest
@@ -107,11 +116,12 @@ def train(recipe: Recipe, allow_changed: Sequence[str] = ()) -> Path:
         )  # fmt: skip
         saver = CheckpointSaver(run_dir, recipe.run.keep_last, recipe.run.keep_best)
         resume(run, tracker, run_dir, allow_changed)
-        with tracker.aside():  # W&B may take its time
+        with agreed(accelerator), tracker.aside():  # W&B may take its time
             announce(tracker, recipe, accelerator)
         try:
-            loop(run, tracker, saver, records, validation, processor)
-            save_final_model(run, run_dir)
+            loop(run, tracker, saver, records, validation, processor, quick)
+            with agreed(accelerator):
+                save_final_model(run, run_dir)
             publish_model(tracker, recipe, run.validation)
         finally:
             tracker.finish()
@@ -130,6 +140,7 @@ def loop(
     records: Sequence[Record],
     validation: Sequence[Record],
     processor: Any,
+    quick: QuickTasks | None = None,
 ) -> None:
     """Steps from `run.step` to the end, logging, validating and saving on the way.
 
@@ -144,29 +155,35 @@ def loop(
     )  # fmt: skip
     with listening() as stop:
         for step, (inputs, waited) in zip(steps, timed(loader), strict=True):
-            if isinstance(inputs, UserError):
-                raise inputs
+            settle(run.accelerator, wrong_input(inputs) or saver.failure())
             end = window_end(run, tracker, step)
             values, measured, totals = one_step(run, inputs.to(device), step, waited, end)
             if step == steps.start:  # not before: a picture that cannot be read stays one line
                 run.accelerator.print(f"kernels: {run.kernels}", file=sys.stderr)
             run.step = step + 1
-            tracker.add(run.step, values, measured=measured, **totals)
+            with agreed(run.accelerator) if tracker.due(run.step) else contextlib.nullcontext():
+                tracker.add(run.step, values, measured=measured, **totals)
             finished = run.step == run.total_steps
             measure = finished or (settings.eval_every and run.step % settings.eval_every == 0)
             if validation and measure:
                 with tracker.aside():
                     validate(run, tracker, validation, processor)
+            if quick and measure:
+                with tracker.aside():
+                    tracker.log(run.step, task_scores(run, quick, processor))
             stopping = stop.on_any_rank(run.accelerator) and not finished
             if finished or stopping or run.step % settings.save_every == 0:
                 score = run.validation["val/ce"] if run.validation and measure else None
-                save_resume_state(run, tracker, saver, score)
+                with agreed(run.accelerator):
+                    save_resume_state(run, tracker, saver, score)
             if stopping:
-                saver.wait()
+                with agreed(run.accelerator):
+                    saver.wait()
                 raise Preempted(
                     f"saved after step {run.step} of {run.total_steps}; the same command goes on from there"
                 )
-        saver.wait()
+        with agreed(run.accelerator):
+            saver.wait()
 
 
 def timed(loader: Iterable[Any]) -> Iterator[tuple[Any, float]]:
@@ -223,7 +240,7 @@ def one_step(
         values |= {
             "loss/gdkd": result.kd, "loss/rcka": result.rcka, "ib/beta": weights.beta, "rcka/omega": omega,
             "rcka/degenerate_images": result.degenerate_images,
-            **gate_stats(result.gates, run.objective.vocabulary), **result.images,
+            **gate_stats(result.gates, run.objective.gate, run.objective.vocabulary), **result.images,
         }  # fmt: skip
         if options.loss != "none":
             run.controller.update(result.kd)
@@ -246,49 +263,9 @@ def teacher_side(run: Run, inputs: StepInputs) -> tuple[Sequence[Signals | None]
         return inputs.cached, None
     if run.teacher is None:
         return [None] * len(inputs.student), None
-    signals = run_teacher(run.teacher, inputs.student, run.objective.vocabulary, inputs.teacher)
+    objective = run.objective
+    signals = run_teacher(run.teacher, inputs.student, objective.vocabulary, inputs.teacher, objective.gate)
     return signals, qwen3vl.head_weight(run.teacher)
-
-
-@torch.no_grad()
-def validate(run: Run, tracker: Tracker, records: Sequence[Record], processor: Any) -> None:
-    """Cross-entropy and exact match on the validation records, shared out over the ranks."""
-    accelerator, settings = run.accelerator, run.recipe.run
-    mine = records[accelerator.process_index :: accelerator.num_processes]
-    model = run.parallel.for_evaluation()
-    training = model.training
-    model.eval()
-    with autocast(accelerator.device, compute_dtype(run.recipe)):
-        scores = evaluate(model, validation_batches(mine, processor, run.recipe), accelerator.device)
-        if accelerator.is_main_process:
-            samples = records[: settings.eval_samples] if tracker.run is not None else []
-            tracker.log_samples(run.step, sample_table(model, processor, samples))
-    model.train(training)
-    sums = [
-        float(len(scores)),
-        float(sum(s.exact for s in scores)),
-        sum(s.ce_sum for s in scores),
-        float(sum(s.tokens for s in scores)),
-    ]
-    turns, exact, ce, tokens = reduce_sum(
-        accelerator, torch.tensor(sums, dtype=torch.float64, device=accelerator.device)
-    ).tolist()
-    rate = exact / max(turns, 1)
-    run.validation = {"val/ce": ce / max(tokens, 1), "val/exact_match": rate, "val/turns": turns,
-                      "val/exact_match_se": math.sqrt(rate * (1 - rate) / max(turns, 1))}  # fmt: skip
-    tracker.log(run.step, run.validation)
-    accelerator.print(
-        "  ".join(f"{name} {value:.4g}" for name, value in run.validation.items()), file=sys.stderr
-    )
-
-
-def validation_batches(records: Sequence[Record], processor: Any, recipe: Recipe) -> Iterator[Batch]:
-    """Padded batches of validation records, as many at a time as in training (at least 8)."""
-    size = max(8, recipe.run.micro_batch_size)
-    for start in range(0, len(records), size):
-        part = records[start : start + size]
-        samples = [encode(record, processor, recipe.data.max_length) for record in part]
-        yield collate(samples, processor.tokenizer.pad_token_id)
 
 
 if __name__ == "__main__":

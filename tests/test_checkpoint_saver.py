@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import grace.checkpoint_saver as module
-from grace.checkpoint import checkpoint_paths, load_newest_checkpoint
 from grace.checkpoint_saver import CheckpointSaver
 from grace.errors import UserError
+from grace.resume_checkpoint import checkpoint_paths, load_newest_checkpoint
 
 
 def names(run_dir: Path) -> list[int]:
@@ -39,7 +39,7 @@ def test_the_loop_goes_on_while_one_is_written_and_a_second_waits(tmp_path: Path
         go.wait(30)
         saved.append(step)
 
-    monkeypatch.setattr(module, "save_checkpoint", slow)
+    monkeypatch.setattr(module, "write_checkpoint", slow)
     saver = CheckpointSaver(tmp_path, keep_last=2)
     saver.save(1, {}, {})  # returns at once: it would wait for ever otherwise
     assert saved == []
@@ -60,7 +60,7 @@ def test_a_failure_is_raised_where_it_is_waited_for_and_once(tmp_path: Path, mon
         raise failure
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "save_checkpoint", fail)
+        patch.setattr(module, "write_checkpoint", fail)
         saver.save(2, {"t": {"w": torch.ones(2)}}, {})
         kind = UserError if isinstance(failure, OSError) else ValueError
         with pytest.raises(kind, match="step 2 cannot be written .*No space left|a bug"):
@@ -84,6 +84,25 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, 2**16))
 saver.save(2, {"t": {"w": torch.ones(2**20)}}, {})
 sys.exit(run_command(saver.wait))
 """
+
+
+def test_a_failure_can_be_asked_for_without_waiting(tmp_path: Path, monkeypatch) -> None:
+    go = threading.Event()
+
+    def fail(*_):
+        go.wait(30)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(module, "write_checkpoint", fail)
+    saver = CheckpointSaver(tmp_path, keep_last=2)
+    assert saver.failure() is None
+    saver.save(2, {}, {})
+    assert saver.failure() is None  # still writing
+    go.set()
+    while (found := saver.failure()) is None:
+        pass
+    assert "step 2 cannot be written" in str(found) and saver.failure() is None
+    saver.wait()
 
 
 def test_no_room_in_the_middle_of_a_file_is_one_line(tmp_path: Path) -> None:

@@ -110,7 +110,7 @@ def test_out_of_range_names_the_range(recipe_file, override, expected):
         ("run.output_dir=7", "expected text"),
         ("run.output_dir=' '", "not empty"),
         ("run.wandb=off", "run.wandb is false, expected online or offline or disabled"),
-        ("distill.loss=mse", "expected none or kl or gdkd"),
+        ("distill.loss=mse", "expected none or kl or gkl or gdkd"),
         ("distill.tau=soon", "expected a number or auto"),
         ("run.gradient_checkpointing=1", "expected true or false"),
         ("teacher.load_in=4", "teacher.load_in is 4, expected 8bit or 4bit or null"),

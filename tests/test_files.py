@@ -1,5 +1,6 @@
 """A file or directory is there whole, or as it was before."""
 
+import errno
 import hashlib
 import os
 import signal
@@ -70,6 +71,17 @@ def test_empty_directory_may_be_taken(tmp_path: Path) -> None:
     assert (tmp_path / "model" / "weights").exists()
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_is_followed(tmp_path: Path, there: bool) -> None:
+    if there:
+        (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    with new_directory(tmp_path / "link") as scratch:
+        (scratch / "weights").write_text("1")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "real" / "weights").exists()
+    assert sorted(os.listdir(tmp_path)) == ["link", "real"]
+
+
 @pytest.mark.parametrize("kind", ["file", "directory"])
 def test_what_is_there_is_never_overwritten(tmp_path: Path, kind: str) -> None:
     out = tmp_path / "model"
@@ -93,6 +105,52 @@ def test_parent_that_cannot_be_written_is_the_users_error(tmp_path: Path) -> Non
 def test_sha256(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "data").write_bytes(content)
     assert sha256_of(tmp_path / "data") == hashlib.sha256(content).hexdigest()
+
+
+HOLDS_A_DIRECTORY = """
+import sys, time
+from pathlib import Path
+from grace.files import new_directory
+with new_directory(Path(sys.argv[1])) as scratch:
+    (scratch / "half").write_text("1")
+    print("ready", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_what_a_killed_writer_left_goes_and_that_of_a_living_one_stays(tmp_path: Path) -> None:
+    out = tmp_path / "model"
+    writers = []
+    for _ in range(2):
+        writer = subprocess.Popen(
+            [sys.executable, "-c", HOLDS_A_DIRECTORY, str(out)], stdout=subprocess.PIPE, text=True
+        )
+        writers.append(writer)
+        assert writer.stdout is not None and writer.stdout.readline() == "ready\n"
+    try:
+        (tmp_path / ".model.tmp-mine").write_text("a file of that name is not ours")
+        assert len(list(tmp_path.glob(".model.tmp-*/half"))) == 2
+        writers[0].kill()
+        writers[0].wait()
+        with new_directory(out) as scratch:
+            assert len(list(tmp_path.glob(".model.tmp-*/half"))) == 1
+            (scratch / "weights").write_text("1")
+        assert (out / "weights").exists() and (tmp_path / ".model.tmp-mine").exists()
+    finally:
+        for writer in writers:
+            writer.kill()
+            writer.wait()
+
+
+def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
+    def fill() -> None:
+        with new_directory(tmp_path / "model") as scratch:
+            (scratch / "half").write_text("1")
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(UserError, match="is full .No space left on device.: free some space"):
+        fill()
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_forked_child_does_not_keep_the_lock_of_a_parent_that_was_killed(tmp_path: Path) -> None:

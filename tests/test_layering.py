@@ -14,15 +14,15 @@ FLOOR = {"errors", "files", "progress", "arguments"}
 LEAVES = {"config", "data", "models", "quant", "distill", "kernels", "checkpoint", "tracking"}
 TRAINING = {"train", "run", "step", "parallel", "plan", "teacher_cache"}
 ASSEMBLERS = TRAINING | {"export", "runtime", "evaluation"}
-COMMANDS = {"cli", "demo", "report", "__main__"}
+COMMANDS = {"cli", "demo", "study", "report", "__main__"}
 # Files split off a part of another name.
 BELONGS_TO = {
-    "checkpoint_saver": "checkpoint", "recipe_check": "config", "recipe_parts": "config",
-    "plan_memory": "plan", "plan_text": "plan", "run_save": "run", "run_data": "run", "run_files": "files",
-    "run_info": "run", "watch": "run", "preemption": "run", "step_inputs": "train", "step_stats": "step",
+    "checkpoint_saver": "checkpoint", "checkpoint_files": "checkpoint", "resume_checkpoint": "checkpoint", "recipe_check": "config", "recipe_parts": "config",
+    "plan_memory": "plan", "plan_text": "plan", "plan_modes": "plan", "run_save": "run", "run_data": "run", "run_files": "files", "checked_files": "files",
+    "run_info": "run", "validation": "run", "agreement": "run", "run_tasks": "run", "watch": "run", "preemption": "run", "step_inputs": "train", "step_stats": "step",
     "student": "step", "schedule": "train", "cache_settings": "teacher_cache", "tracking_wandb": "tracking",
     "parallel_fsdp": "parallel", "parallel_zero": "parallel",
-    "cli_data": "cli", "cli_audit": "cli", "cli_serve": "cli", "cli_runtime": "cli",
+    "cli_data": "cli", "cli_audit": "cli", "cli_eval": "cli", "cli_publish": "cli", "cli_runtime": "cli", "cli_serve": "cli",
 }  # fmt: skip
 # Leaves that may import another: models wrap linears with quant's module class.
 BETWEEN_LEAVES = {("models", "quant")}
@@ -33,7 +33,6 @@ MAX_FUNCTION_LINES = 60  # without the docstring
 ROUNDING = {"round", "round_", "rint", "rint_"}
 # Names of Hugging Face modules in other files: texts of a file format or a table, not ways into a model.
 NAMED_ELSEWHERE = {
-    ("grace/export/awq.py", "model.visual"),  # modules_to_not_convert, DESIGN section 6
     ("grace/runtime/inspect.py", "model.language_model."),  # left out of the names it prints
 }
 

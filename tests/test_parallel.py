@@ -22,7 +22,6 @@ from test_step import STEPS, batches_of, broken, records_of
 from torch import Tensor
 from two_ranks import end, kill, start
 
-from grace.checkpoint import checkpoint_paths
 from grace.config import load_recipe
 from grace.errors import UserError
 from grace.export.pack import export_run
@@ -31,6 +30,8 @@ from grace.models.processor import load_processor
 from grace.parallel import make_accelerator
 from grace.parallel_fsdp import FullySharded
 from grace.parallel_zero import check_config
+from grace.plan_modes import state_rows
+from grace.resume_checkpoint import checkpoint_paths
 from grace.run import set_up
 from grace.step import NonFiniteLoss, forward_backward, run_teacher
 from grace.student import Weights
@@ -116,8 +117,29 @@ def is_cut_up(mode: str, run: Any) -> bool:
     )
 
 
+def held(run: Any) -> int:
+    """Bytes of weights and optimizer state that lie in this process between steps."""
+    tensors = [getattr(p, "ds_tensor", p) for p in run.model.parameters()]
+    tensors += run.parallel.flat_parts() if hasattr(run.parallel, "flat_parts") else []
+    tensors += [value for one in run.parallel.optimizer.state.values() for value in one.values()]
+    local = [tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in tensors]
+    return sum({one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in local}.values())
+
+
+def planned(mode: str, run: Any) -> int:
+    """The same as the plan has it."""
+    sizes = {name: getattr(p, "ds_numel", p.numel()) for name, p in run.model.named_parameters()}
+    trained = {name for name, p in run.model.named_parameters() if p.requires_grad}
+    scales = sum(size for name, size in sizes.items() if name.endswith(".theta"))
+    learned = sum(sizes[name] for name in trained)
+    device, host = state_rows(mode, qwen3vl.skeleton(run.base_config), learned - scales, scales, 2)
+    lasting = ("student weights", "theta", "Adam moments", "optimizer's copy")
+    return sum(size for name, size, _ in device + host if name in lasting)
+
+
 def one_rank(mode: str, models: Path, world: Path, out: Path) -> None:
     told, run = awkward_steps(models, world, out)
+    told["memory"] = held(run), planned(mode, run)
     assert run.accelerator.num_processes == 2 and is_cut_up(mode, run)
     (out / f"awkward-{run.accelerator.process_index}.json").write_text(json.dumps(told))
     del run
@@ -263,6 +285,8 @@ def test_awkward_batches_hang_nothing_and_count_right(single: Path, killed: Path
         for out, rank in ((single, 0), (killed, 0), (killed, 1))
     )
     assert first["steps"] == second["steps"] and first["controller"] == second["controller"]
+    for there, expected in (first["memory"], second["memory"]):
+        assert there == pytest.approx(expected, rel=0.05)
     for name, values in one["steps"].items():
         other = first["steps"][name]
         assert other.pop("counts") == pytest.approx(values.pop("counts"), rel=1e-6)

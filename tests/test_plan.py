@@ -16,6 +16,7 @@ from grace.errors import UserError
 from grace.models import qwen3vl
 from grace.plan import format_plan, parameter_counts, plan
 from grace.plan_memory import GIB, Sizes, activation_bytes
+from grace.plan_modes import launched_mode
 from grace.run import make_optimizer
 
 PUBLISHED = "qwen3vl_2b_w4g128.yaml"
@@ -164,6 +165,61 @@ def test_world_size_comes_from_the_launcher(small, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "two")
     with pytest.raises(UserError, match="WORLD_SIZE"):
         plan(recipe)
+
+
+LAUNCHES = {
+    "single": {},
+    "ddp": {"WORLD_SIZE": "8"},
+    "fsdp2": {"WORLD_SIZE": "8", "ACCELERATE_USE_FSDP": "true"},
+    "zero2": {"WORLD_SIZE": "8", "ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"},
+    "zero3": {"WORLD_SIZE": "8", "ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
+    "zero3_offload": {
+        "WORLD_SIZE": "8", "ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3",
+        "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "cpu",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", LAUNCHES)
+def test_memory_is_that_of_the_way_it_was_launched(monkeypatch, mode):
+    for name, value in LAUNCHES[mode].items():
+        monkeypatch.setenv(name, value)
+    result = plan(load_recipe(PUBLISHED))
+    memory, student = result["memory"], result["student"]
+    assert memory["mode"] == mode
+    table = {row["mode"]: row for row in result["memory_by_mode"]}
+    assert set(table) == set(LAUNCHES) - {"single"} and {row["processes"] for row in table.values()} == {8}
+    if mode != "single":
+        assert table[mode]["gib"] == memory["total_gib"] and table[mode]["host_gib"] == memory["host_gib"]
+    gib = {item["name"]: item["gib"] * GIB for item in memory["items"] + memory["host_items"]}
+    parts = 1 if mode in ("single", "ddp") else 8
+    assert gib["Adam moments"] == 8 * student["trained"] // parts
+    assert gib["student weights"] == 4 * student["parameters"] // (1 if mode == "zero2" else parts)
+    assert ("optimizer's copy" in gib) == mode.startswith("zero")
+    assert ("DDP buckets" in gib) == (mode == "ddp")
+    assert bool(memory["host_gib"]) == (mode == "zero3_offload")
+    text = format_plan(result)
+    assert all(f"  {name} " in text for name in table) and max(map(len, text.splitlines())) <= 120
+
+
+def test_sharding_takes_less_of_a_gpu_the_more_is_cut_up():
+    rows = plan(load_recipe(PUBLISHED), world_size=1)["memory_by_mode"]
+    gib = {row["mode"]: row["gib"] for row in rows}
+    assert gib["ddp"] > gib["zero2"] > gib["zero3"] > gib["zero3_offload"] and gib["ddp"] > gib["fsdp2"]
+    more = plan(load_recipe(PUBLISHED), world_size=16)["memory_by_mode"]
+    assert all(row["gib"] <= gib[row["mode"]] for row in more)
+
+
+def test_mode_of_a_deepspeed_configuration(tmp_path):
+    path = tmp_path / "zero.json"
+    told = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(path)}
+    path.write_text(json.dumps({"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}))
+    assert launched_mode(2, told) == "zero3_offload"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 2}}))
+    assert launched_mode(2, told) == "zero2"
+    path.write_text("{")
+    with pytest.raises(UserError, match="cannot be read"):
+        launched_mode(2, told)
 
 
 def test_memory_items_add_up_and_follow_their_formulas():

@@ -16,9 +16,9 @@ import torch
 import two_ranks
 from safetensors.torch import load_file
 
-from grace.checkpoint import checkpoint_paths
 from grace.config import load_recipe
 from grace.errors import PREEMPTED_CODE, UserError
+from grace.resume_checkpoint import checkpoint_paths
 from grace.tracking import is_timing
 from grace.train import main, train
 
@@ -257,7 +257,7 @@ def test_a_checkpoint_that_cannot_be_written_stops_with_one_line(
     def full(*_args, **_options):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("grace.checkpoint_saver.save_checkpoint", full)
+    monkeypatch.setattr("grace.checkpoint_saver.write_checkpoint", full)
     assert main([RECIPE, *overrides(tmp_path / "run", "run.max_steps=4")]) == 2
     error = capfd.readouterr().err.splitlines()[-1]
     assert error.startswith("error: the checkpoint of step 2 cannot be written") and "No space left" in error

@@ -8,6 +8,7 @@ import torch
 
 from grace import step_stats
 from grace.data.batch import Batch
+from grace.distill.gate import PUBLISHED, GateShape
 from grace.distill.objective import LossParts
 
 
@@ -31,15 +32,26 @@ def reduced(rank_batches: list[list[LossParts]]) -> list[float]:
 def test_gates():
     gates = torch.tensor([0.3679, 0.41, 0.9, 0.95, 0.999, 1.0])
     sums = step_stats.gate_sums(gates[:2]) + step_stats.gate_sums(gates[2:])
-    found = step_stats.gate_stats(sums.tolist(), 512)
+    found = step_stats.gate_stats(sums.tolist(), PUBLISHED, 512)
     expected, _ = np.histogram(gates.numpy(), step_stats.GATE_BINS, step_stats.GATE_RANGE)
     assert found["gate/histogram"] == pytest.approx((expected / 6).tolist())
     assert found["gate/mean"] == pytest.approx(gates.mean().item())
     assert found["teacher/entropy"] == pytest.approx((-gates.log() * math.log(512)).mean().item(), rel=1e-5)
 
 
+def test_the_entropy_behind_other_gates():
+    """It is that of the tokens looked at, whatever the sharpness; gates that are all 1 do not tell it."""
+    entropy = torch.tensor([0.1, 0.9, 2.0])
+    for shape, most in ((GateShape(8.0), math.log(512)), (GateShape(3.0, 16), math.log(16))):
+        sums = step_stats.gate_sums(torch.exp(-shape.sharpness * entropy / most))
+        stats = step_stats.gate_stats(sums.tolist(), shape, 512)
+        assert stats["teacher/entropy"] == pytest.approx(1.0, rel=1e-5)
+    off = step_stats.gate_stats(step_stats.gate_sums(torch.ones(4)).tolist(), GateShape(0.0), 512)
+    assert off["gate/mean"] == 1 and "teacher/entropy" not in off
+
+
 def test_no_tokens_tell_nothing():
-    assert step_stats.gate_stats(step_stats.gate_sums(torch.ones(0)).tolist(), 512) == {}
+    assert step_stats.gate_stats(step_stats.gate_sums(torch.ones(0)).tolist(), PUBLISHED, 512) == {}
 
 
 def test_images_however_they_are_shared_out():

@@ -65,13 +65,17 @@ def losses(run_dir: Path) -> list[dict[str, float]]:
 # ---------------------------------------------------------------- training from it
 
 
-@pytest.mark.parametrize("kind", ["gdkd", "kl"])
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(
+    ("kind", "sharpness", "workers"),
+    [("gdkd", 1, 0), ("gdkd", 8, 2), ("kl", 1, 2), ("gkl", 8, 0)],
+)
 def test_all_tokens_kept_trains_as_the_living_teacher(
-    cache: Path, overrides: list[str], tmp_path: Path, kind: str, workers: int
+    cache: Path, overrides: list[str], tmp_path: Path, kind: str, sharpness: int, workers: int
 ) -> None:
     """Left are what float16 loses of the Gram matrices, and padding."""
-    shared = [*overrides, f"distill.loss={kind}", f"data.num_workers={workers}"]
+    shared = [
+        *overrides, f"distill.loss={kind}", f"distill.gate_sharpness={sharpness}", f"data.num_workers={workers}",
+    ]  # fmt: skip
     online = recipe_of(shared, f"run.output_dir={tmp_path / 'online'}")
     cached = recipe_of(
         shared, f"run.output_dir={tmp_path / 'cached'}", f"teacher.cache={cache}", "teacher.path=null",
@@ -95,6 +99,16 @@ def test_fewer_tokens_are_an_approximation_from_below(
         run_training(recipe_of(overrides, *more, "run.max_steps=1"))
         values.append(losses(tmp_path / str(k))[0]["loss/gdkd"])
     assert values == sorted(values) and values[0] < values[-1]
+
+
+def test_a_gate_over_the_likeliest_tokens_needs_the_living_teacher(
+    cache: Path, overrides: list[str], tmp_path: Path
+) -> None:
+    recipe = recipe_of(
+        overrides, f"teacher.cache={cache}", f"run.output_dir={tmp_path / 'run'}", "distill.gate_top_k=16"
+    )
+    with pytest.raises(UserError, match="gate_top_k=16 needs the living teacher"):
+        run_training(recipe)
 
 
 def test_no_teacher_is_loaded(cache: Path, overrides: list[str], tmp_path: Path, monkeypatch) -> None:

@@ -134,6 +134,9 @@ def test_half_a_line_is_dropped_even_when_nothing_else_is(tmp_path: Path) -> Non
     path.write_text('{"step": 1, "x": 1}\n{"step": 2, "x"')
     rewind_metrics(path, 5)
     assert path.read_text() == '{"step": 1, "x": 1}\n'
+    path.write_bytes(b'[1]\n\xff\xfe\n{"step": "2"}\nnull\n{"step": 3, "x": 1}\n{"step": 9}\n')
+    rewind_metrics(path, 5)
+    assert path.read_text() == '{"step": 3, "x": 1}\n'
     rewind_metrics(tmp_path / "absent.jsonl", 5)
     assert not (tmp_path / "absent.jsonl").exists()
 

@@ -14,10 +14,11 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 
-from grace.checkpoint import checkpoint_paths, read_qat
+from grace.checkpoint import read_qat
 from grace.config import load_recipe
 from grace.errors import UserError
 from grace.quant.grid import dequantize, quantize
+from grace.resume_checkpoint import checkpoint_paths
 from grace.run import total_steps
 from grace.schedule import learning_rate_factor
 from grace.tracking import is_timing

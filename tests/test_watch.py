@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 from grace import run_info
-from grace.checkpoint import checkpoint_paths
 from grace.config import load_recipe
 from grace.quant.grid import quantize
+from grace.resume_checkpoint import checkpoint_paths
 from grace.run_files import ENVIRONMENT_FILE
 from grace.train import train
 from grace.watch import controller_values, finite, short

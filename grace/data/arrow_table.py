@@ -27,7 +27,7 @@ from grace.files import new_directory, remove_leftovers, sha256_of
 if TYPE_CHECKING:  # takes seconds, and a small file does without
     import pyarrow as pa
 
-FORMAT = 1
+FORMAT = 2
 ENTRIES, INDEX, SUMMARY, COLUMN = "entries.arrow", "index.npz", "table.json", "entry"
 BATCH_ROWS, BATCH_BYTES = 4096, 32_000_000  # whichever comes first; few batches are quick to map
 READS_HELD = 16  # each maps what the system holds around it, up to 2 MB

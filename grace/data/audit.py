@@ -193,6 +193,8 @@ class Checker:
 
     def pictures(self, parsed: Parsed, faults: list[Fault]) -> list[int] | None:
         """Tokens of each picture of a record, None where one cannot be used; adds to `faults`."""
+        if any(fault.kind == "url" for fault in faults):  # no file's name
+            return None
         tokens: list[int] = []
         for name in parsed.image_names:
             picture = check_image(self.root / name, self.deep)

@@ -20,7 +20,7 @@ from grace.data.faults import CLASSES, Policies
 from grace.errors import UserError
 from grace.files import sha256_of, write_text
 
-FORMAT = 1  # of both files; another number is another audit
+FORMAT = 2  # of both files; another number is another audit
 
 
 def list_path(files: str | Path | Sequence[str], given: str | Path | None = None) -> Path:

@@ -19,6 +19,20 @@ _MAGIC = (
     (b"MM\x00*", "TIFF"),
 )
 
+_HEAD = 1024  # bytes in which other kinds of file show themselves
+_STILL_BRANDS = {
+    **dict.fromkeys((b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"), "HEIC"),
+    **dict.fromkeys((b"avif", b"avis"), "AVIF"),
+}
+_OTHERS = (  # offset, bytes there, class of fault, what it is
+    (0, b"\x1aE\xdf\xa3", "video_file", "a WebM or Matroska video"),
+    (8, b"AVI ", "video_file", "an AVI video"),
+    (0, b"\0\0\1\xba", "video_file", "an MPEG video"),
+    (0, b"\xff\x0a", "unsupported_format", "a JPEG XL"),
+    (0, b"\0\0\0\x0cJXL ", "unsupported_format", "a JPEG XL"),
+    (0, b"%PDF", "unsupported_format", "a PDF"),
+)
+
 
 def sniff(file: BinaryIO) -> str | None:
     """The format by its first bytes, or None."""
@@ -27,6 +41,29 @@ def sniff(file: BinaryIO) -> str | None:
     if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
         return "WEBP"
     return next((name for magic, name in _MAGIC if head.startswith(magic)), None)
+
+
+def stands_for(file: BinaryIO) -> tuple[str, str] | None:
+    """Of a file that is no readable picture, the class of fault and what it is instead; None if that is unknown."""
+    file.seek(0)
+    head = file.read(_HEAD)
+    if head.startswith(b"version https://git-lfs.github.com/spec/"):
+        return "lfs_pointer", "is a Git LFS pointer: `git lfs pull` fetches the picture"
+    if head[4:8] == b"ftyp":
+        brand = head[8:12]
+        if brand in _STILL_BRANDS:
+            return "unsupported_format", f"is a {_STILL_BRANDS[brand]}"
+        return "video_file", "is an MP4 or QuickTime video"
+    for start, magic, kind, what in _OTHERS:
+        if head[start:].startswith(magic):
+            return kind, f"is {what}"
+    text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    is_page = text.startswith((b"<!doctype html", b"<html", b"<head"))
+    if b"<svg" in text and not is_page:
+        return "unsupported_format", "is an SVG drawing"
+    if is_page or text.startswith((b"<?xml", b"<error", b'{"')):
+        return "error_page", "is a page of text that a server sent in its place"
+    return None
 
 
 def has_end(file: BinaryIO, kind: str) -> bool | None:

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 from PIL import Image, UnidentifiedImageError
 
 from grace.data.faults import Fault
-from grace.data.image_bytes import bits_per_channel, has_end, header_size, sniff
+from grace.data.image_bytes import bits_per_channel, has_end, header_size, sniff, stands_for
 
 # Formats that are another one's under a name of its own: a JPEG with a second picture behind it.
 _SAME_FORMAT = {"MPO": "JPEG"}
@@ -23,11 +23,13 @@ _MODES = {
     "P": "palette", "I": "sixteen_bit", "F": "sixteen_bit",
 }  # fmt: skip
 _OPEN_ERRORS = {
-    errno.ENOENT: "missing",
     errno.ENOTDIR: "missing",
     errno.ENAMETOOLONG: "missing",
     errno.ELOOP: "symlink_loop",
 }
+_ENDINGS = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff")
+_TINY = 4  # pixels
+_ORIENTATION, _UPRIGHT = 0x0112, (None, 0, 1)  # of Exif
 _READABLE = stat.S_IRUSR | stat.S_IRGRP | stat.S_IROTH
 
 
@@ -53,9 +55,37 @@ def check_image(path: Path, deep: bool = False) -> Picture:
             return _check_file(file, path, deep)
     except ValueError:  # a name that no file can have: the record's own fault, found there
         return Picture(None, ())
+    except FileNotFoundError:
+        return _lost(*_absent(path), path)
     except OSError as error:
         kind = _OPEN_ERRORS.get(error.errno or 0, "unreadable")
         return _lost(kind, "does not exist" if kind == "missing" else f"({error.strerror or error})", path)
+
+
+def _absent(path: Path) -> tuple[str, str]:
+    """Class and clause for a path at which there is nothing."""
+    if path.is_symlink():
+        return "dangling_link", f"is a link to {os.readlink(path)}, which does not exist"
+    if "\\" in path.name and os.path.isfile(path.parent / path.name.replace("\\", "/")):
+        return "backslashes", "does not exist, but does with / for \\"
+    if path.parent.is_dir():  # else a whole source is not there
+        stems, endings = _in_capitals(path.stem), _in_capitals(path.suffix)
+        if (other := _first_file(path, stems, endings)) is not None:
+            return "other_case", f"does not exist, but {other} does"
+        endings = [one for ending in _ENDINGS for one in (ending, ending.upper())]
+        if (other := _first_file(path, [path.stem], endings)) is not None:
+            return "other_extension", f"does not exist, but {other} does"
+    return "missing", "does not exist"
+
+
+def _in_capitals(text: str) -> list[str]:
+    return list(dict.fromkeys((text, text.lower(), text.upper(), text.capitalize())))
+
+
+def _first_file(path: Path, stems: list[str], endings: list[str]) -> str | None:
+    """The first of these names that a file beside `path` has."""
+    names = (stem + ending for stem in stems for ending in endings)
+    return next((name for name in names if name != path.name and os.path.isfile(path.parent / name)), None)
 
 
 def _lost(kind: str, what: str, path: Path) -> Picture:
@@ -90,6 +120,8 @@ def _not_opened(file: BinaryIO, path: Path, error: Exception) -> Picture:
     """Why Pillow cannot open the file."""
     kind = sniff(file)
     if kind is None:
+        if (other := stands_for(file)) is not None:
+            return _lost(*other, path)
         what = "is not an image" if isinstance(error, UnidentifiedImageError) else f"({error})"
         return _lost("not_an_image", what, path)
     size = header_size(file, kind)
@@ -113,6 +145,11 @@ def _oddities(image: Any, fmt: str, file: BinaryIO, path: Path) -> Iterator[tupl
         yield "sixteen_bit", f"has {bits} bits a channel"
     if image.format != "MPO" and getattr(image, "is_animated", False):
         yield "animated", f"has {getattr(image, 'n_frames', 'several')} frames"
+    if min(image.size) < _TINY:
+        yield "tiny", f"is {image.width} x {image.height} pixels"
+    # A TIFF is turned as it is decoded; the others keep it in a block that few have.
+    if "exif" in image.info and fmt != "TIFF" and (turn := image.getexif().get(_ORIENTATION)) not in _UPRIGHT:
+        yield "turned", f"is to be shown turned (Exif orientation {turn})"
     named = _extensions().get(path.suffix.lower())
     if named is not None and _SAME_FORMAT.get(named, named) != fmt:
         yield "wrong_extension", f"is a {fmt}"

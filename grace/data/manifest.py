@@ -71,6 +71,18 @@ def load_manifest(path: str | Path) -> list[Item]:
     return items
 
 
+def published_as(file: str, manifest: str | Path = "sharegpt4v.yaml") -> dict[str, str]:
+    """Name, licence and repository of the data set that publishes an annotation file of this name; else empty.
+
+    Raises:
+        UserError: as `load_manifest`.
+    """
+    if PurePosixPath(file).name not in {item.path for item in load_manifest(manifest)}:
+        return {}
+    values = yaml.safe_load(_find(Path(manifest)).read_text(encoding="utf-8"))
+    return {key: str(values[key]) for key in ("name", "licence", "repository") if values.get(key)}
+
+
 def chosen_items(items: Sequence[Item], names: Sequence[str] | None) -> list[Item]:
     """The items of these names, in the manifest's order; all without names.
 

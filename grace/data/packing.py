@@ -36,6 +36,27 @@ def pack(lengths: Sequence[int], budget: int, window: int | None = None) -> list
     ]
 
 
+def pack_evenly(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """As few rows as `pack` needs for these samples, and none longer than it must be for that.
+
+    A step's records rarely fill whole rows: the remainder, which `pack` leaves to the last row, is spread over all. So
+    the longest row, which decides over memory, is the shortest there can be, and the micro-batches take as long as each
+    other, which matters where processes wait for each other after each.
+    """
+    rows = pack(lengths, budget)
+    if len(rows) < 2:
+        return rows
+    low, high = max(-(-sum(lengths) // len(rows)), 1), max(sum(lengths[i] for i in row) for row in rows)
+    while low < high:  # the smallest budget that search finds to need no more rows
+        middle = (low + high) // 2
+        tried = pack(lengths, middle)
+        if len(tried) <= len(rows) and max(sum(lengths[i] for i in row) for row in tried) <= high:
+            rows, high = tried, middle
+        else:
+            low = middle + 1
+    return rows
+
+
 def _best_fit(lengths: Sequence[int], budget: int) -> list[list[int]]:
     """Best fit decreasing: each sample goes where it leaves the least room."""
     rows: list[list[int]] = []

@@ -1,15 +1,22 @@
 """An entry of a ShareGPT4V file as a record, with everything that is wrong with it."""
 
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from grace.data.faults import CLASSES, Fault
+from grace.data.text_check import text_faults
 
 IMAGE_MARK = "<image>"
+NO_VIDEO = (
+    ' has a "video": training reads pictures alone, since Qwen3-VL\'s processor is loaded without its video part, which '
+    "needs torchvision and a video decoder; leave such records out with data.skip=[video]"
+)
 Role = Literal["user", "assistant", "system"]
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|data:[a-z]+/", re.ASCII)
 _ROLES: dict[str, Role] = {"human": "user", "gpt": "assistant", "system": "system"}
 
 
@@ -61,7 +68,8 @@ def parse_entry(entry: Any, root: Path, repeats: bool = False) -> Parsed:
     turns = _turns(entry.get("conversations"), "conversations" in entry, faults)
     names = _image_names(entry.get("image"), faults)
     if entry.get("video") is not None:
-        faults.append(Fault("video", ' has a "video": training reads pictures only, drop the record'))
+        faults = [fault for fault in faults if fault.kind != "video_mark"]  # it is no stray one
+        faults.append(Fault("video", NO_VIDEO))
     elif names is not None and turns is not None and (fault := check_marks(turns, len(names))):
         faults.append(Fault("image_count", f" has {fault}: write one {IMAGE_MARK} for each image"))
     record = None
@@ -85,7 +93,7 @@ def check_marks(turns: tuple[Turn, ...], images: int) -> str | None:
 def entry_id(entry: Any) -> str | None:
     """The id of an entry as text, None where it has none."""
     value = entry.get("id") if isinstance(entry, dict) else None
-    if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
+    if isinstance(value, bool) or not isinstance(value, str | int) or not str(value).strip():
         return None
     return str(value)
 
@@ -102,6 +110,8 @@ def _image_names(value: Any, faults: list[Fault]) -> tuple[str, ...] | None:
 def _path_fault(name: str) -> Fault | None:
     if "\0" in name or not _is_unicode(name):
         return Fault("bad_path", f" has the image path {name!r}, which no file can have")
+    if _URL.match(name):
+        return Fault("url", f" has the image {name[:80]}: download it, training reads files")
     if os.path.isabs(name):
         return Fault("absolute_path", f" has the absolute image path {name}: write it from data.image_root")
     if ".." in name and os.path.normpath(name).split("/")[0] == "..":
@@ -138,6 +148,9 @@ def _turns(conversation: Any, present: bool, faults: list[Fault]) -> tuple[Turn,
 
 def _order_faults(roles: list[Role]) -> Iterator[Fault]:
     spoken = roles[1:] if roles[0] == "system" else roles
+    if "system" in spoken:
+        yield Fault("late_system", " has a system turn that is not its first: move it to the start")
+        spoken = [role for role in spoken if role != "system"]
     for index, role in enumerate(spoken):
         expected = "assistant" if index % 2 else "user"
         if role != expected:
@@ -152,7 +165,7 @@ def _order_faults(roles: list[Role]) -> Iterator[Fault]:
             "unanswered",
             " does not end with a gpt turn: there is nothing to learn from its last question",
         )
-    if len(set(spoken)) == 1 and spoken[0] != "system":
+    if len(set(spoken)) == 1:
         side = "human" if spoken[0] == "user" else "gpt"
         yield Fault("one_sided", f" has {side} turns only: a question and its answer are needed")
 
@@ -170,8 +183,5 @@ def _turn(entry: Any, where: str, faults: list[Fault]) -> Turn | None:
         what = "nothing" if text is None else f"a JSON {type(text).__name__}"
         faults.append(Fault("non_text_value", f"{where} has no text but {what}: drop the turn or the record"))
         return None
-    if not text.strip():
-        faults.append(Fault("empty_text", f"{where} has no text: drop the turn or the record"))
-    elif not _is_unicode(text):
-        faults.append(Fault("bad_text", f"{where} has text that is not Unicode: mend it or drop the record"))
+    faults += [Fault(kind, f"{where} has {what}") for kind, what in text_faults(text, role, IMAGE_MARK)]
     return Turn(role, text) if role else None

@@ -69,12 +69,15 @@ class CachedSignals:
         )
 
 
-def collate_cached(records: Sequence[CachedRecord]) -> CachedSignals:
-    """The records of a micro-batch, in the order of its rows."""
+def collate_cached(records: Sequence[CachedRecord], gate_sharpness: float = 1.0) -> CachedSignals:
+    """The records of a micro-batch, in the order of its rows; their gates to the power of `gate_sharpness`."""
     grams = tuple(unpack_gram(gram) for record in records for gram in record.grams)
     usable = [gram.any() for gram in grams]
     image_count = torch.stack(usable).sum() if usable else torch.zeros((), dtype=torch.long)
-    return CachedSignals(concatenate([record.top_k for record in records]), grams, image_count)
+    top_k = concatenate([record.top_k for record in records])
+    if gate_sharpness != 1.0:
+        top_k = replace(top_k, gate_T=top_k.gate_T**gate_sharpness)
+    return CachedSignals(top_k, grams, image_count)
 
 
 def cached_record(

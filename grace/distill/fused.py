@@ -24,6 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from grace.distill import rows
 from grace.distill.fused_check import check_inputs, check_targets, check_top_k
+from grace.distill.gate import PUBLISHED, GateShape
 from grace.distill.rows import RowLosses, RowSettings, TopKRows
 from grace.distill.top_k import TopK
 
@@ -136,9 +137,14 @@ def fused_ce_gdkd(
 
 @torch.no_grad()
 def teacher_gates(
-    teacher_hidden_TE: Tensor, teacher_head_VE: Tensor, *, shared: int | None = None, chunk: int | None = None
+    teacher_hidden_TE: Tensor,
+    teacher_head_VE: Tensor,
+    *,
+    shared: int | None = None,
+    shape: GateShape = PUBLISHED,
+    chunk: int | None = None,
 ) -> Tensor:
-    """Confidence gates exp(-H / log S) of every token [T], float32: what a step needs before its student runs.
+    """Confidence gates (`grace.distill.gate`) of every token [T], float32: what a step needs before its student runs.
 
     Args:
         shared: vocabulary entries that the student has too; None is all.
@@ -153,7 +159,7 @@ def teacher_gates(
         )
     head_SE = teacher_head_VE[:shared].to(teacher_hidden_TE.dtype)
     size = chunk or teacher_chunk_rows(head_SE)
-    gates = [rows.gate_rows(F.linear(part_CE, head_SE)) for part_CE in teacher_hidden_TE.split(size)]
+    gates = [rows.gate_rows(F.linear(part_CE, head_SE), shape) for part_CE in teacher_hidden_TE.split(size)]
     return torch.cat(gates)
 
 

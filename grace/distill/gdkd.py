@@ -19,14 +19,13 @@ both models share is a token outside the vocabulary and counts for nothing.
 Shape suffixes: T supervised tokens, V vocabulary; a 1 marks a kept dimension.
 """
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from grace.distill.bernoulli import binary_kl, expectation
 from grace.distill.fused import fused_ce_gdkd, teacher_gates
+from grace.distill.gate import PUBLISHED, GateShape
 
 __all__ = [
     "confidence_gate",
@@ -78,15 +77,17 @@ def kl_per_token(student_TV: Tensor, teacher_TV: Tensor, temperature: float = 2.
 
 
 @torch.no_grad()
-def confidence_gate(teacher_logits_TV: Tensor) -> Tensor:
+def confidence_gate(teacher_logits_TV: Tensor, shape: GateShape = PUBLISHED) -> Tensor:
     """g = exp(-H(P_T) / log V) in [1/e, 1] of every token [T]; 1 where the teacher is certain.
 
-    H at temperature 1 in natural logs. A vocabulary of one token is certain.
+    H at temperature 1 in natural logs. A vocabulary of one token is certain. Other shapes: `grace.distill.gate`.
     """
-    log_TV = F.log_softmax(_full_precision(teacher_logits_TV), dim=-1)
+    vocabulary = teacher_logits_TV.shape[-1]
+    kept_TV = _full_precision(teacher_logits_TV).topk(shape.kept(vocabulary), dim=-1).values
+    log_TV = F.log_softmax(kept_TV, dim=-1)
     # xlogy's limit: p log p -> 0 as p -> 0, also at log p = -inf.
     entropy_T = -torch.where(log_TV > -torch.inf, log_TV.exp() * log_TV, 0.0).sum(-1)
-    return torch.exp(-entropy_T / math.log(max(2, teacher_logits_TV.shape[-1])))
+    return shape.of_entropy(entropy_T, vocabulary)
 
 
 def gated_dkd(

@@ -11,7 +11,7 @@ Shape suffixes: T supervised tokens of the micro-batch, D / E student / teacher 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from torch import Tensor
 
@@ -20,7 +20,8 @@ from grace.distill.rcka import rcka_per_image, rcka_to_grams
 from grace.distill.rows import loss_rows
 from grace.distill.top_k import TopK
 
-Kind = Literal["none", "kl", "gdkd"]
+Kind = Literal["none", "kl", "gkl", "gdkd"]
+GATED = ("gkl", "gdkd")
 
 
 @dataclass(frozen=True)
@@ -29,9 +30,9 @@ class LossParts:
 
     Attributes:
         ce_sum: cross-entropy summed over tokens, in nats.
-        kd_sum: KL ("kl") or gated DKD ("gdkd") summed over tokens; before beta.
+        kd_sum: KL ("kl"), gated KL ("gkl") or gated DKD ("gdkd") summed over tokens; before beta.
         rcka_sum: 1 - CKA summed over images; before omega.
-        gate_sum: gates summed over tokens; 0 unless "gdkd".
+        gate_sum: gates summed over tokens; 0 unless "gkl" or "gdkd".
         images: images compared.
         degenerate: images left out because either Gram is degenerate.
         relation_N: 1 - CKA of each image, 0 where degenerate.
@@ -73,7 +74,7 @@ def micro_batch_loss(
 ) -> tuple[Tensor, LossParts]:
     """ce_sum / token_count + beta kd_sum / G + omega rcka_sum / image_count, and the sums.
 
-    G is `gate_sum` for "gdkd" and `token_count` for "kl". An empty micro-batch gives 0 with a graph.
+    G is `gate_sum` for "gkl" and "gdkd" and `token_count` for "kl". An empty micro-batch gives 0 with a graph.
 
     Args:
         student_hidden_TD, teacher_hidden_TE: final hidden states at the supervised positions only.
@@ -93,19 +94,19 @@ def micro_batch_loss(
         ValueError: an unknown `kind`, an ingredient that `kind` needs is missing, a normaliser is not
             positive, or shapes do not fit.
     """
-    if kind not in ("none", "kl", "gdkd"):
-        raise ValueError(f'kind must be "none", "kl" or "gdkd", got {kind!r}')
+    _require_kind(kind, gate_T)
     token_count = _require_positive(token_count, "token_count")
     if kind == "none":
         teacher_hidden_TE = teacher_head_VE = teacher_top_k = gate_T = None
     elif teacher_top_k is None and (teacher_hidden_TE is None or teacher_head_VE is None):
         raise ValueError(f'kind "{kind}" needs teacher_hidden_TE and teacher_head_VE, or teacher_top_k')
-    kd_count = _require_positive(gate_sum, "gate_sum") if kind == "gdkd" else token_count
+    kd_count = _require_positive(gate_sum, "gate_sum") if kind in GATED else token_count
+    plain = kind != "gdkd"  # KL
     total, fused = fused_ce_gdkd(
         student_hidden_TD, student_head_VD, teacher_hidden_TE, teacher_head_VE, targets_T,
         ce_scale=1 / token_count, gdkd_scale=beta / kd_count, temperature=temperature,
-        tckd_weight=1.0 if kind == "kl" else tckd_weight, nckd_weight=None if kind == "kl" else nckd_weight,
-        gates_T=gate_T if kind == "gdkd" else None, teacher_top_k=teacher_top_k, row_kernel=row_kernel,
+        tckd_weight=1.0 if plain else tckd_weight, nckd_weight=None if plain else nckd_weight,
+        gates_T=gate_T if kind in GATED else None, teacher_top_k=teacher_top_k, row_kernel=row_kernel,
     )  # fmt: skip
     zero = fused.ce_sum.new_zeros(())
     rcka_sum = degenerate = zero
@@ -117,7 +118,7 @@ def micro_batch_loss(
         loss_N, valid_N = compare(student_visual, teacher)
         rcka_sum, degenerate = loss_N.sum(), (~valid_N).sum()
         total = total + omega * rcka_sum / _require_positive(image_count, "image_count")
-    gates = fused.gate_sum if kind == "gdkd" else zero
+    gates = fused.gate_sum if kind in GATED else zero
     parts = (
         fused.ce_sum,
         fused.gdkd_sum,
@@ -129,6 +130,13 @@ def micro_batch_loss(
         valid_N,
     )
     return total, LossParts(*(part.detach() for part in parts))
+
+
+def _require_kind(kind: str, gate_T: Tensor | None) -> None:
+    if kind not in get_args(Kind):
+        raise ValueError(f'kind must be "none", "kl", "gkl" or "gdkd", got {kind!r}')
+    if kind == "gkl" and gate_T is None:
+        raise ValueError('kind "gkl" needs gate_T: the gates of the teacher')
 
 
 def _require_positive(count: float | None, name: str) -> float:

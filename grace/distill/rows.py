@@ -16,13 +16,13 @@ Shape suffixes: C tokens of a chunk, B tokens of a block, V vocabulary, S the pa
 share; a 1 marks a kept dimension.
 """
 
-import math
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from grace.distill.bernoulli import binary_kl, sigmoid_difference
+from grace.distill.gate import PUBLISHED, GateShape
 from grace.distill.row_parts import (
     FullRows,
     RowLosses,
@@ -76,10 +76,16 @@ def loss_rows(
     return RowLosses(ce_C1, kd_C1, gate_C1)
 
 
-def gate_rows(teacher_CS: Tensor) -> Tensor:
-    """Confidence gates exp(-H / log S) of teacher logits [C], without a second copy of the logits."""
-    log_S = log_size(teacher_CS.shape[-1])
-    gates = [torch.exp(-_entropy(teacher_CS[rows]) / log_S) for rows in _blocks(teacher_CS)]
+def gate_rows(teacher_CS: Tensor, shape: GateShape = PUBLISHED) -> Tensor:
+    """Confidence gates of teacher logits [C], without a second copy of the logits."""
+    vocabulary = teacher_CS.shape[-1]
+    kept = shape.kept(vocabulary)
+    gates = []
+    for rows in _blocks(teacher_CS):
+        block_BK = teacher_CS[rows]
+        if kept < vocabulary:
+            block_BK = block_BK.topk(kept, dim=-1).values
+        gates.append(shape.of_entropy(_entropy(block_BK), vocabulary))
     return torch.cat(gates) if gates else teacher_CS.new_zeros(0, dtype=wide(teacher_CS))
 
 
@@ -87,11 +93,6 @@ def _blocks(logits_CV: Tensor) -> Iterator[slice]:
     tokens, size = logits_CV.shape
     step = max(1, _CPU_BLOCK // max(1, size)) if logits_CV.device.type == "cpu" else max(1, tokens)
     return (slice(start, start + step) for start in range(0, tokens, step))
-
-
-def log_size(vocabulary: int) -> float:
-    """Largest entropy of a distribution over it, in nats; a vocabulary of one token counts as two."""
-    return math.log(max(2, vocabulary))
 
 
 def _entropy(teacher_BS: Tensor) -> Tensor:
@@ -127,7 +128,7 @@ def _block(
             take_out(teacher.to(rest.mass_BS.dtype, copy=True), target_B1, tau, settings.shared), tau
         )
         if gate_B1 is None:
-            gate_B1 = torch.exp(-rest_entropy(known.rest, tau, target_B1) / log_size(settings.shared))
+            gate_B1 = PUBLISHED.of_entropy(rest_entropy(known.rest, tau, target_B1), settings.shared)
     assert gate_B1 is not None  # what is known of a teacher's likeliest tokens includes its gates
     gate_B1 = gate_B1.to(student.ce_B1.dtype)
     odds_B1, teacher_odds_B1 = rest.odds_B1(tau, rest.mass_B1), known.odds_B1

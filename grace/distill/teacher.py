@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from grace.distill.fused import teacher_gates
+from grace.distill.gate import PUBLISHED, GateShape
 from grace.distill.rcka import gram_is_degenerate
 
 IGNORE_INDEX = -100
@@ -52,10 +53,14 @@ def supervised(hidden_BLD: Tensor, labels_BL: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def teacher_signals(
-    hidden_TE: Tensor, head_VE: Tensor, visual: Sequence[Tensor], vocabulary: int
+    hidden_TE: Tensor,
+    head_VE: Tensor,
+    visual: Sequence[Tensor],
+    vocabulary: int,
+    gate: GateShape = PUBLISHED,
 ) -> TeacherSignals:
     """Computes gates over the first `vocabulary` entries, and image counts; logits exist chunk by chunk only."""
-    gate_T = teacher_gates(hidden_TE, head_VE, shared=vocabulary)
+    gate_T = teacher_gates(hidden_TE, head_VE, shared=vocabulary, shape=gate)
     usable = [~gram_is_degenerate(image) for image in visual]
     image_count = (
         torch.stack(usable).sum() if usable else torch.zeros((), dtype=torch.long, device=hidden_TE.device)

@@ -5,6 +5,9 @@ rounded (DESIGN section 4, "Why snap"); a scale that would be is refused.
 
     W[o, i] = scales[i // g, o] * (q[i, o] - 8),   q = code + 8
 
+Directories by others are read too: any zero points instead of 8, a list of their own of what is not
+converted, and the packed checkpoints of the public GRACE code, whose config says `awq_packing`.
+
 Shape suffixes: O output features, I input features, G groups (= I / g), W words (= O / 8).
 """
 
@@ -15,28 +18,38 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grace.checked_files import MEND, damage_of, read_json, shown
+from grace.checkpoint import QatState
+from grace.errors import UserError
+from grace.export.contents import (
+    NARROW,
+    Modules,
+    Source,
+    View,
+    modules_of,
+    require_group_size,
+    without_packing,
+)
 from grace.export.directory import (
     Part,
-    Stored,
     dense_entries,
+    dense_linears,
     deployed_config,
-    module_shapes,
+    deployed_dtype,
     packed_entries,
     write_directory,
     write_json,
 )
 from grace.export.name_rules import require_awq_names
 from grace.export.shards import Weights
-from grace.export.source import AWQ_MODULES, Source
-from grace.kernels.awq_layout import PER_WORD, pack_transposed, unpack_transposed
+from grace.kernels.awq_layout import PER_WORD, ZERO_WORD, pack_transposed, unpack_transposed
+from grace.models.foreign_names import AWQ_NOT_CONVERTED
 
+AWQ_MODULES = "awq_quantized_modules.json"
+PARTS = ("qweight", "qzeros", "scales")
 LABEL = "AWQ"
 BITS = 4
-# Both names: transformers matches anchored paths, vLLM and SGLang substrings (DESIGN section 6).
-NOT_CONVERTED = ["visual", "model.visual", "lm_head"]
 ZERO_POINT = 8
-# Eight zero points of 8 in one word, as a signed 32-bit integer.
-ZERO_WORD = 0x88888888 - (1 << 32)
 
 
 def pack(codes_OI: Tensor, scales_OG: Tensor, group_size: int = 128) -> dict[str, Tensor]:
@@ -87,8 +100,10 @@ def pack_scales(scales_OG: Tensor) -> Tensor:
     return scales_GO
 
 
-def zero_words(scales_OG: Tensor) -> Tensor:
-    """The `qzeros` of `pack` alone: zero point 8 everywhere."""
+def zero_words(scales_OG: Tensor, zeros_OG: Tensor | None = None) -> Tensor:
+    """The `qzeros` of `pack` alone: zero point 8 everywhere, or those of an asymmetric weight."""
+    if zeros_OG is not None:
+        return pack_transposed(zeros_OG.view(torch.uint8) + ZERO_POINT)
     out_features, groups = scales_OG.shape
     shape = (groups, out_features // PER_WORD)
     return torch.full(shape, ZERO_WORD, dtype=torch.int32, device=scales_OG.device)
@@ -141,9 +156,9 @@ def check_shapes(codes_OI: Tensor, scales_OG: Tensor, group_size: int) -> None:
     if out_features % PER_WORD:
         raise ValueError(f"out_features {out_features} is not divisible by {PER_WORD}, the codes in one word")
     expected = (out_features, in_features // group_size)
-    if scales_OG.dtype != torch.bfloat16 or tuple(scales_OG.shape) != expected:
+    if scales_OG.dtype not in NARROW or tuple(scales_OG.shape) != expected:
         raise ValueError(
-            f"scales must be bfloat16 {expected}, not {scales_OG.dtype} {tuple(scales_OG.shape)}"
+            f"scales must be bfloat16 or fp16 {expected}, not {scales_OG.dtype} {tuple(scales_OG.shape)}"
         )
 
 
@@ -176,25 +191,89 @@ def write(source: Source, directory: Path, max_shard_bytes: int | None = None) -
     Raises:
         UserError: a linear that the layout cannot hold, or names that an engine would take for quantized.
     """
-    config = awq_config(source.config, source.qat.group_size)
-    require_awq_names(source, config["quantization_config"]["modules_to_not_convert"])
+    listed = [*AWQ_NOT_CONVERTED, *dense_linears(source)]
+    config = awq_config(source.config, source.qat.group_size, deployed_dtype(source), listed)
+    require_awq_names(source, listed)
     entries = dense_entries(source)
-    for name, shape in module_shapes(source).items():
+    for name, shape in modules_of(source).shapes.items():
         entries += packed_entries(source, name, _parts(shape, source.qat.group_size), LABEL)
     write_directory(source, directory, entries, config, "awq", max_shard_bytes)
     modules = {"bits": BITS, "group_size": source.qat.group_size, "modules": sorted(source.qat.modules)}
     write_json(directory / AWQ_MODULES, modules)
 
 
-def read(source: Source, directory: Path) -> Stored:
-    """The written directory in the terms of the base model."""
-    weights = Weights(directory)
+def read(directory: Path, config: Mapping[str, Any]) -> Source:
+    """An AWQ directory, whoever wrote it, in the terms of the base model.
 
-    def codes(name: str) -> tuple[Tensor, Tensor]:
-        parts = {part: weights.read(f"{name}.{part}") for part in ("qweight", "qzeros", "scales")}
-        return unpack(parts, group_size=source.qat.group_size)
+    Raises:
+        UserError: damaged, or another variant than 4 bits in "gemm" order.
+    """
+    with damage_of(directory, MEND):
+        weights = Weights(directory)
+        names = sorted(name.removesuffix(".qweight") for name in weights.shapes if name.endswith(".qweight"))
+        if not names:
+            raise ValueError("no tensor is called qweight")
+        group_size = _require_variant(directory, config, names)
+        shapes = {name: _shape(weights, name, group_size) for name in names}
+        packed = {f"{name}.{part}" for name in names for part in PARTS}
+        dense = View(weights, {name: name for name in weights.shapes if name not in packed})
 
-    return Stored(codes, weights.read)
+    def codes(name: str) -> Tensor:
+        return (unpack_transposed(weights.read(f"{name}.qweight")) - ZERO_POINT).view(torch.int8)
+
+    def grid(name: str) -> tuple[Tensor, Tensor | None]:
+        qzeros_GW, scales_OG = weights.read(f"{name}.qzeros"), weights.read(f"{name}.scales").t().contiguous()
+        if bool((qzeros_GW == ZERO_WORD).all()):
+            return scales_OG, None
+        return scales_OG, (unpack_transposed(qzeros_GW) - ZERO_POINT).view(torch.int8)
+
+    modules = Modules(directory, shapes, BITS, group_size, codes, grid)
+    state = QatState(BITS, group_size, modules, {})
+    return Source(directory, state, without_packing(config), dense, "awq")
+
+
+def _require_variant(directory: Path, config: Mapping[str, Any], names: list[str]) -> int:
+    """The group size of a directory that says it is what `read` can read, in either of the two ways.
+
+    Raises:
+        UserError: it is another variant.
+        ValueError: it contradicts itself.
+    """
+    block = config.get("quantization_config") or config.get("awq_packing") or {}
+    listed = read_json(directory / AWQ_MODULES) if (directory / AWQ_MODULES).exists() else {}
+    about = {**listed, **block} if isinstance(block, Mapping) else {}
+    bits, order = (
+        about.get("bits", about.get("w_bit")),
+        str(about.get("version") or about.get("format") or "gemm").lower(),
+    )
+    if bits != BITS or order != "gemm":
+        raise UserError(
+            f"{directory} is AWQ with {shown(bits)} bits and version {shown(order)}: GRACE reads 4 bits, version gemm"
+        )
+    group_size = about.get("group_size", about.get("q_group_size"))
+    if listed and (listed.get("bits"), listed.get("group_size")) != (bits, group_size):
+        raise ValueError(f"{AWQ_MODULES} and config.json disagree")
+    if listed and listed.get("modules") != names and sorted(map(str, listed.get("modules", ()))) != names:
+        raise ValueError(f"{AWQ_MODULES} lists other modules than the weights hold")
+    return require_group_size(group_size, {})
+
+
+def _shape(weights: Weights, name: str, group_size: int) -> tuple[int, int]:
+    """[out, in] of one linear, its three tensors compared.
+
+    Raises:
+        ValueError: they do not fit each other.
+    """
+    qweight, qzeros, scales = (weights.shapes[f"{name}.{part}"] for part in PARTS)
+    types = [weights.dtypes[f"{name}.{part}"] for part in PARTS]
+    if len(qweight) != 2 or types[:2] != [torch.int32] * 2 or not types[2].is_floating_point:
+        raise ValueError(f"{name}: qweight {qweight} of types {types}")
+    inputs, outputs = qweight[0], qweight[1] * PER_WORD
+    require_group_size(group_size, {name: (outputs, inputs)})
+    groups = inputs // group_size
+    if qzeros != (groups, qweight[1]) or scales != (groups, outputs):
+        raise ValueError(f"{name}: qweight {qweight}, qzeros {qzeros} and scales {scales} do not fit")
+    return outputs, inputs
 
 
 def _parts(shape: tuple[int, int], group_size: int) -> list[Part]:
@@ -207,19 +286,21 @@ def _parts(shape: tuple[int, int], group_size: int) -> list[Part]:
 
     return [
         Part("qweight", torch.int32, (in_features, words), lambda w: pack_codes(checked(w).codes_OI)),
-        Part("qzeros", torch.int32, (groups, words), lambda w: zero_words(checked(w).scales_OG)),
+        Part("qzeros", torch.int32, (groups, words), lambda w: zero_words(checked(w).scales_OG, w.zeros_OG)),
         Part("scales", torch.float16, (groups, out_features), lambda w: pack_scales(checked(w).scales_OG)),
     ]
 
 
-def awq_config(config: Mapping[str, Any], group_size: int) -> dict[str, Any]:
-    """The model's config with bfloat16 as its type and the standard AWQ block."""
+def awq_config(
+    config: Mapping[str, Any], group_size: int, dtype: str, not_converted: list[str]
+) -> dict[str, Any]:
+    """The model's config with `dtype` as its type and the standard AWQ block."""
     block = {
         "quant_method": "awq",
         "bits": BITS,
         "group_size": group_size,
         "version": "gemm",
         "zero_point": True,
-        "modules_to_not_convert": NOT_CONVERTED,
+        "modules_to_not_convert": not_converted,
     }
-    return {**deployed_config(config), "quantization_config": block}
+    return {**deployed_config(config, dtype), "quantization_config": block}

@@ -6,16 +6,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from grace.checked_files import MEND
 from grace.checkpoint import QuantizedWeight, copy_verbatim_files
 from grace.errors import UserError
+from grace.export.contents import Source, is_tied
 from grace.export.shards import write_weights
-from grace.export.source import Source, StoredModules
 from grace.export.stream import Entry
+from grace.models.foreign_names import layer_name
 
 
 @dataclass(frozen=True)
@@ -28,40 +30,51 @@ class Part:
     make: Callable[[QuantizedWeight], Tensor]
 
 
-@dataclass(frozen=True)
-class Stored:
-    """An export read back, under the names and in the shapes of the base model.
-
-    Attributes:
-        codes: codes int8 [O, I] and scales bfloat16 [O, I / g] of a quantized linear.
-        dense: any other tensor.
-    """
-
-    codes: Callable[[str], tuple[Tensor, Tensor]]
-    dense: Callable[[str], Tensor]
-
-
 def dense_names(source: Source) -> list[str]:
     """The tensors that are not quantized; of tied embeddings only the first."""
-    tied = bool(source.config.get("tie_word_embeddings", False))
-    replaced = {f"{name}.weight" for name in source.qat.modules} | ({"lm_head.weight"} if tied else set())
+    replaced = {f"{name}.weight" for name in source.qat.modules}
+    if is_tied(source.config):
+        replaced.add("lm_head.weight")
     return [name for name in source.weights.shapes if name not in replaced]
 
 
-def dense_pieces(source: Source, name: str, dtype: torch.dtype = torch.bfloat16) -> Iterator[Tensor]:
-    """A dense tensor piece by piece: floating ones rounded to bfloat16, then given as `dtype`."""
+def dense_dtype(source: Source, name: str) -> torch.dtype:
+    """What a dense tensor is stored as: as it is, but what we have wider as the base model's bfloat16."""
+    stored = source.weights.dtypes[name]
+    wide = stored.is_floating_point and stored.itemsize > 2
+    return torch.bfloat16 if wide and source.ours else stored
+
+
+def dense_pieces(source: Source, name: str, dtype: torch.dtype | None = None) -> Iterator[Tensor]:
+    """A dense tensor piece by piece: rounded to its `dense_dtype`, then given as `dtype`.
+
+    Raises:
+        UserError: it holds NaN or infinities.
+    """
+    rounded = dense_dtype(source, name)
     for piece in source.weights.pieces(name):
-        yield piece.to(torch.bfloat16).to(dtype) if piece.is_floating_point() else piece
+        if piece.is_floating_point() and not bool(torch.isfinite(piece).all()):
+            raise UserError(f"{source.directory} is damaged ({name} holds NaN or infinite values): {MEND}")
+        yield piece.to(rounded).to(dtype or rounded)
 
 
 def dense_entries(source: Source) -> list[Entry]:
-    """Everything that is not quantized: floating tensors as bfloat16, others as they are."""
-    entries = []
-    for name in dense_names(source):
-        stored = source.weights.dtypes[name]
-        dtype = torch.bfloat16 if stored.is_floating_point else stored
-        entries.append(Entry(name, dtype, source.weights.shapes[name], partial(dense_pieces, source, name)))
-    return entries
+    """Everything that is not quantized, as it will be stored."""
+    return [
+        Entry(
+            name, dense_dtype(source, name), source.weights.shapes[name], partial(dense_pieces, source, name)
+        )
+        for name in dense_names(source)
+    ]
+
+
+def dense_linears(source: Source) -> list[str]:
+    """Linears of the decoder that are not quantized, without the prefix that engines call differently.
+
+    Other people's checkpoints leave some out; engines must be told.
+    """
+    weights = {name.removesuffix(".weight") for name in dense_names(source) if name.endswith("_proj.weight")}
+    return sorted(short for name in weights if (short := layer_name(name)) is not None)
 
 
 def packed_entries(
@@ -73,7 +86,7 @@ def packed_entries(
         label: the format, for messages.
         stored_name: the module's name in the export, where it is not the base model's.
     """
-    modules = cast(StoredModules, source.qat.modules)
+    modules = source.qat.modules
 
     def made(part: Part) -> Tensor:
         try:
@@ -85,12 +98,6 @@ def packed_entries(
 
     prefix = stored_name or name
     return [Entry(f"{prefix}.{part.suffix}", part.dtype, part.shape, partial(made, part)) for part in parts]
-
-
-def module_shapes(source: Source) -> dict[str, tuple[int, int]]:
-    """[out, in] of every quantized linear, from the file's header."""
-    shapes = cast(StoredModules, source.qat.modules).shapes
-    return {name: cast(tuple[int, int], shape) for name, shape in shapes.items()}
 
 
 def write_directory(
@@ -120,25 +127,30 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def deployed_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The model's config with bfloat16 as its type, readable by engines built on transformers 4 too.
+def deployed_dtype(source: Source) -> str:
+    """The type that a deployed model's config names: that of its dense tensors."""
+    half = any(dense_dtype(source, name) == torch.float16 for name in dense_names(source))
+    return "float16" if half else "bfloat16"
+
+
+def deployed_config(config: Mapping[str, Any], dtype: str = "bfloat16") -> dict[str, Any]:
+    """The model's config with `dtype` as its type, readable by engines built on transformers 4 too.
 
     Those look for `rope_theta`, `rope_scaling` and `tie_word_embeddings` among the text settings, where
     transformers 5 writes `rope_parameters` and keeps the last outside; both are there, with the same values.
     """
 
-    def in_bfloat16(value: Any) -> Any:
+    def retyped(value: Any) -> Any:
         if not isinstance(value, Mapping):
             return value
         return {
-            key: "bfloat16" if key in ("dtype", "torch_dtype") else in_bfloat16(item)
-            for key, item in value.items()
+            key: dtype if key in ("dtype", "torch_dtype") else retyped(item) for key, item in value.items()
         }
 
-    whole = {**in_bfloat16(config), "dtype": "bfloat16"}
+    whole = {**retyped(config), "dtype": dtype}
     text = whole.get("text_config")
     if isinstance(text, dict):
-        text.setdefault("tie_word_embeddings", bool(config.get("tie_word_embeddings", False)))
+        text.setdefault("tie_word_embeddings", is_tied(config))
         rope = text.get("rope_parameters")
         if isinstance(rope, dict) and "rope_theta" in rope:
             text.setdefault("rope_theta", rope["rope_theta"])

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 BLOCK = 32
+SCALE_TYPES = (torch.bfloat16, torch.float16)
 BLOCK_BYTES = {4: 18, 8: 34}
 _STEP = 2**20  # codes per step: what a core's cache holds with its temporaries
 
@@ -24,7 +25,7 @@ def pack_blocks(codes_OI: Tensor, scales_OG: Tensor, bits: int) -> Tensor:
 
     Args:
         codes_OI: int8 within the range of `bits`.
-        scales_OG: bfloat16, each exact in fp16.
+        scales_OG: bfloat16 or fp16, each exact in fp16.
 
     Raises:
         ValueError: types, shapes or values that the format cannot hold exactly.
@@ -53,25 +54,36 @@ def _nibbles(codes_OI: Tensor) -> Tensor:
     return halves_N2.view(torch.uint8)
 
 
-def unpack_blocks(packed_OY: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor]:
-    """Inverse of `pack_blocks`: codes int8 [O, I] and scales bfloat16 [O, G].
+def unpack_codes(packed_OY: Tensor, bits: int) -> Tensor:
+    """The codes int8 [O, I] of `pack_blocks`.
 
     Raises:
-        ValueError: not whole blocks, or blocks of one group whose scales differ or do not fit bfloat16.
+        ValueError: not whole blocks.
     """
-    if bits not in BLOCK_BYTES or packed_OY.dtype != torch.uint8 or packed_OY.shape[1] % BLOCK_BYTES[bits]:
-        raise ValueError(f"{tuple(packed_OY.shape)} {packed_OY.dtype} are not rows of {bits}-bit blocks")
-    outputs = len(packed_OY)
-    packed_OBY = packed_OY.reshape(outputs, -1, BLOCK_BYTES[bits])
-    scales_OB = packed_OBY[..., :2].contiguous().view(torch.float16).squeeze(-1)
-    scales_OGB = scales_OB.reshape(outputs, -1, group_size // BLOCK)
-    scales_OG = scales_OGB[..., 0].to(torch.bfloat16)
-    if not torch.equal(scales_OGB.float(), scales_OG.float().unsqueeze(-1).expand_as(scales_OGB)):
-        raise ValueError("the scales of a group's blocks differ, or bfloat16 cannot hold them")
-    values = packed_OBY[..., 2:]
+    values = _blocks(packed_OY, bits)[..., 2:]
     if bits == 4:
         values = torch.cat([values & 15, values >> 4], -1) - 8
-    return values.reshape(outputs, -1).contiguous().view(torch.int8), scales_OG
+    return values.reshape(len(packed_OY), -1).contiguous().view(torch.int8)
+
+
+def unpack_scales(packed_OY: Tensor, bits: int, group_size: int) -> Tensor:
+    """The scales fp16 [O, G] of `pack_blocks`.
+
+    Raises:
+        ValueError: not whole blocks, or blocks of one group whose scales differ.
+    """
+    scales_OB = _blocks(packed_OY, bits)[..., :2].contiguous().view(torch.float16).squeeze(-1)
+    scales_OGB = scales_OB.reshape(len(packed_OY), -1, group_size // BLOCK)
+    scales_OG = scales_OGB[..., 0].contiguous()
+    if not torch.equal(scales_OGB, scales_OG.unsqueeze(-1).expand_as(scales_OGB)):
+        raise ValueError("the scales of a group's blocks differ")
+    return scales_OG
+
+
+def _blocks(packed_OY: Tensor, bits: int) -> Tensor:
+    if bits not in BLOCK_BYTES or packed_OY.dtype != torch.uint8 or packed_OY.shape[1] % BLOCK_BYTES[bits]:
+        raise ValueError(f"{tuple(packed_OY.shape)} {packed_OY.dtype} are not rows of {bits}-bit blocks")
+    return packed_OY.reshape(len(packed_OY), -1, BLOCK_BYTES[bits])
 
 
 def _check(codes_OI: Tensor, scales_OG: Tensor, bits: int) -> None:
@@ -81,8 +93,8 @@ def _check(codes_OI: Tensor, scales_OG: Tensor, bits: int) -> None:
         raise ValueError(f"codes must be int8 [out, in], not {codes_OI.dtype} {tuple(codes_OI.shape)}")
     outputs, inputs = codes_OI.shape
     groups = scales_OG.shape[-1]
-    if scales_OG.dtype != torch.bfloat16 or scales_OG.shape != (outputs, groups) or inputs % groups:
-        raise ValueError(f"scales must be bfloat16 [{outputs}, groups], not {tuple(scales_OG.shape)}")
+    if scales_OG.dtype not in SCALE_TYPES or scales_OG.shape != (outputs, groups) or inputs % groups:
+        raise ValueError(f"scales must be bfloat16 or fp16 [{outputs}, groups], not {tuple(scales_OG.shape)}")
     if inputs // groups % BLOCK:
         raise ValueError(f"groups of {inputs // groups} are not whole blocks of {BLOCK}")
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1

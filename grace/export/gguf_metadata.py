@@ -67,7 +67,9 @@ def add_text(writer: gguf.GGUFWriter, config: PreTrainedConfig, name: str, file_
     writer.add_num_deepstack_layers(len(vision.deepstack_visual_indexes))
 
 
-def add_vision(writer: gguf.GGUFWriter, config: PreTrainedConfig, name: str, directory: Path) -> None:
+def add_vision(
+    writer: gguf.GGUFWriter, config: PreTrainedConfig, name: str, file_type: int, directory: Path
+) -> None:
     """The vision tower with its deepstack layers.
 
     Args:
@@ -81,7 +83,7 @@ def add_vision(writer: gguf.GGUFWriter, config: PreTrainedConfig, name: str, dir
     mean, deviation = _normalisation(directory)
     writer.add_type(gguf.GGUFType.MMPROJ)
     writer.add_name(name)
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16)
+    writer.add_file_type(file_type)
     writer.add_clip_has_vision_encoder(True)
     writer.add_clip_projector_type(gguf.VisionProjectorType.QWEN3VL)
     writer.add_vision_projection_dim(text.hidden_size)

@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from torch import nn
 
 from grace.errors import UserError
-from grace.export.source import Source
+from grace.export.contents import Source
 from grace.models import qwen3vl
 from grace.models.foreign_names import sglang_module, vllm_entry, vllm_module
 
@@ -97,7 +97,7 @@ def misread(
 
 
 def _require(source: Source, listed: Sequence[str], rules: dict[str, Rule], label: str) -> None:
-    model = qwen3vl.skeleton(qwen3vl.config_for(str(source.directory)))
+    model = qwen3vl.skeleton(qwen3vl.config_of(source.config, source.directory))
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     unknown = sorted(set(source.qat.modules) - set(linears))
     if unknown:

@@ -1,14 +1,16 @@
 """`grace export RUN --out DIR [--format NAME]...`: publishes a trained model, codes and scales untouched.
 
-The integer codes and scales of the QAT checkpoint are the ones written; nothing is quantized here. A
-parity gate runs on the written files before they get their final name: if the packed model is not the
-trained one, nothing is published.
+The integer codes and scales that are read are the ones written; nothing is quantized here. RUN may also be an
+export, or a checkpoint by others (`grace.export.source`); what a format cannot hold exactly it refuses
+(`grace.export.fit`). A parity gate runs on the written files before they get their final name: if the packed
+model is not the one that was read, nothing is published.
 """
 
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,14 +20,18 @@ from grace.data.faults import Policies
 from grace.data.records import Record, load_records
 from grace.errors import UserError
 from grace.export import awq, compressed_tensors, mlx, parity, qat
+from grace.export.card_inputs import NOTHING, CardInputs, card_inputs
+from grace.export.contents import Source
+from grace.export.fit import fitted
 from grace.export.model_card import model_card
+from grace.export.probe import probe_records
+from grace.export.record import CARD, write_record
 from grace.export.reference import Reference
-from grace.export.source import Source, open_source
+from grace.export.source import open_source, read_back
 from grace.files import new_directory, require_free
 from grace.recipe_parts import paths_of
 
 FORMATS = ("awq", "compressed-tensors", "gguf", "mlx", "qat")
-BITS = {"awq": (4,), "compressed-tensors": (4, 8), "gguf": (4, 8), "mlx": (4, 8)}
 PARITY_RECORDS = 16
 
 
@@ -36,12 +42,14 @@ def run_export(args: argparse.Namespace) -> int:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     records = load_records(Path(args.parity_data)) if args.parity_data else None
+    card = card_inputs(args.base_model, args.results)
     report = export_run(
         Path(args.run),
         Path(args.out),
         tuple(args.format or ("awq",)),
         records,
         max_shard_bytes=args.max_shard_size,
+        card=card,
     )
     for written in report["formats"].values():
         print(f"wrote {written['path']}", file=sys.stderr)
@@ -57,55 +65,87 @@ def export_run(
     validation_records: Sequence[Record] | None = None,
     image_root: str | Path | None = None,
     max_shard_bytes: int | None = None,
+    card: CardInputs = NOTHING,
 ) -> dict[str, Any]:
-    """Exports a finished quantized run.
+    """Exports a quantized model.
 
     Args:
-        source: a run directory, or its `model/`.
+        source: a run directory, its `model/`, an export, or another's quantized checkpoint.
         out: the new directory; with several formats, its sub-directories are named after them.
         formats: of `FORMATS`.
         validation_records: what the parity gate compares on; None takes the recipe's validation data
-            (its training data if it has none).
+            (its training data if it has none), or noise where no recipe is known.
         image_root: where the images of the recipe's data are; None takes the recipe's own.
         max_shard_bytes: cuts the weights into files of at most this size; None writes one.
+        card: what the model card cannot know from the source.
 
     Returns:
-        `{"source", "formats": {name: {"path", "modules", "bits", "group_size", "parity"}}}`, JSON-able.
+        `{"source", "kind", "formats": {name: {"path", "modules", "bits", "group_size", "parity"}}}`, JSON-able.
 
     Raises:
         UserError: the source, the output directory, the formats or the parity data are unusable.
         RuntimeError: the parity gate failed; nothing was published.
     """
     source, out, formats = Path(source), Path(out), tuple(dict.fromkeys(formats))
-    writers = {name: writer(name) for name in formats}
+    for name in formats:
+        writer(name)
     if not formats:
         raise UserError(f"no format: choose from {', '.join(FORMATS)}")
     require_free(out)
     opened = open_source(source)
-    packed = [name for name in formats if name != "qat"]
-    for name in packed:
-        require_bits(name, opened.qat.bits)
-    reference = None
-    if packed:
-        reference = Reference(opened, parity_records(opened, validation_records, image_root))
-    report: dict[str, Any] = {"source": str(source), "formats": {}}
+    fits = {name: fitted(opened, name) for name in formats}
+    with tempfile.TemporaryDirectory() as scraps:
+        reference = None
+        if any(name != "qat" for name in formats):
+            reference = Reference(
+                opened, parity_records(opened, validation_records, image_root, Path(scraps))
+            )
+        qat.require_consistent(opened)
+        written = publish(fits, out, reference, max_shard_bytes, card)
+    return {"source": str(source), "kind": opened.kind, "formats": written}
+
+
+def publish(
+    fits: Mapping[str, tuple[Source, float]],
+    out: Path,
+    reference: Reference | None,
+    max_shard_bytes: int | None = None,
+    card: CardInputs = NOTHING,
+) -> dict[str, Any]:
+    """Writes, gates and describes each format, and then shows the whole directory under its name.
+
+    Args:
+        fits: by format what it will hold, see `grace.export.fit`.
+        reference: what packed formats are asked the same questions as; None compares their tensors alone.
+        card: what the model card cannot know from the source.
+
+    Returns:
+        `{name: {"path", "modules", "bits", "group_size", "parity"}}`.
+
+    Raises:
+        UserError: the source cannot be written in a format, or the disk is full.
+        RuntimeError: the parity gate failed; nothing was published.
+    """
+    report: dict[str, Any] = {}
     with new_directory(out) as scratch:
-        for name, module in writers.items():
-            directory, final = (scratch, out) if len(formats) == 1 else (scratch / name, out / name)
+        for name, (source, rounding) in fits.items():
+            directory, final = (scratch, out) if len(fits) == 1 else (scratch / name, out / name)
             directory.mkdir(exist_ok=True)
-            module.write(opened, directory, max_shard_bytes)
-            figures = gate(opened, module, directory, reference)
+            writer(name).write(source, directory, max_shard_bytes)
+            figures = gate(source, rounding, name, directory, reference)
             print(parity.describe(name, figures), file=sys.stderr)
-            (directory / "README.md").write_text(model_card(opened, name, figures), encoding="utf-8")
-            report["formats"][name] = {
-                "path": str(final), "modules": len(opened.qat.modules), "bits": opened.qat.bits,
-                "group_size": opened.qat.group_size, "parity": figures,
+            (directory / CARD).write_text(model_card(source, name, figures, card), encoding="utf-8")
+            about = {
+                "modules": len(source.qat.modules), "bits": source.qat.bits, "group_size": source.qat.group_size,
+                "parity": figures,
             }  # fmt: skip
+            write_record(directory, {"format": name, **about})
+            report[name] = {"path": str(final), **about}
     return report
 
 
 def writer(name: str) -> ModuleType:
-    """The module of a format: `write(source, directory, max_shard_bytes)` and `read(source, directory)`.
+    """The module of a format: `write(source, directory, max_shard_bytes)`.
 
     Raises:
         UserError: no such format.
@@ -121,44 +161,59 @@ def writer(name: str) -> ModuleType:
     return modules[name]
 
 
-def require_bits(name: str, bits: int) -> None:
-    """Raises `UserError` where a format cannot hold codes of `bits` bits, naming those that can."""
-    if bits in BITS[name]:
-        return
-    held = " or ".join(map(str, BITS[name]))
-    others = [other for other, holds in BITS.items() if bits in holds]
-    raise UserError(
-        f"{'AWQ' if name == 'awq' else name} holds {held} bits only and this run has {bits}: "
-        f"export it with --format {' or '.join([*others, 'qat'])}"
-    )
-
-
-def gate(source: Source, module: ModuleType, directory: Path, reference: Reference | None) -> dict[str, Any]:
+def gate(
+    source: Source, rounding: float, name: str, directory: Path, reference: Reference | None
+) -> dict[str, Any]:
     """The parity gate that fits a format; see `grace.export.parity`.
 
+    Args:
+        source: what the format was given, its scales rounded where it has no others.
+        rounding: by how much, at most, relative to a scale.
+        reference: the source itself; None where tensors alone are compared.
+
     Raises:
-        RuntimeError: what was written is not the trained model.
+        RuntimeError: what was written is not that.
     """
-    if reference is None or module is qat:
-        return qat.check(source, directory)
-    stored = module.read(source, directory)
-    if module is awq:
-        return parity.check_loaded(reference, stored, directory)
-    return parity.check_filled(reference, stored)
+    try:
+        stored = read_back(directory, name)
+    except UserError as error:
+        raise RuntimeError(f"parity: {name} cannot be read back ({error}); nothing was published") from error
+    if name == "qat":
+        figures = qat.check(source, directory, stored.qat.modules)
+        return {**figures, **({"scale_rounding": {"largest_relative": rounding}} if rounding else {})}
+    if reference is None:
+        return parity.check_tensors(source, stored)
+    given = reference.rescaled(source) if rounding else reference
+    figures = (
+        parity.check_loaded(given, stored, directory) if name == "awq" else parity.check_filled(given, stored)
+    )
+    if rounding:
+        moved = parity.compare_exact(reference.fp32.logits_TV, given.fp32.logits_TV)
+        figures["scale_rounding"] = {
+            "dtype": str(source.scale_dtype).removeprefix("torch."),
+            "largest_relative": rounding,
+            "logits_relative": moved["relative"],
+        }
+    return figures
 
 
 def parity_records(
-    source: Source, given: Sequence[Record] | None, image_root: str | Path | None
+    source: Source, given: Sequence[Record] | None, image_root: str | Path | None, scraps: Path
 ) -> list[Record]:
     """The records that the gate compares on, read now so that a missing file stops before any work.
+
+    A source whose recipe is not known is asked about noise.
+
+    Args:
+        scraps: a folder for pictures of noise.
 
     Raises:
         UserError: none can be had; says how to name others.
     """
+    data = source.recipe.get("data") or {}
+    if given is None and not data.get("path"):
+        given = probe_records(scraps)
     if given is None:
-        data = source.recipe.get("data") or {}
-        if not data.get("path"):
-            raise UserError(f"{source.directory} does not name its data: pass --parity-data FILE.json")
         files = paths_of(data["path"])
         path = data.get("validation_path") or files[0]
         root = image_root or data.get("image_root")

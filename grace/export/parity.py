@@ -26,10 +26,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from grace.export.directory import Stored, dense_names, dense_pieces
-from grace.export.reference import Reference
-from grace.export.source import Source
-from grace.quant.grid import dequantize
+from grace.checkpoint import QuantizedWeight
+from grace.errors import UserError
+from grace.export.contents import Source
+from grace.export.directory import dense_names, dense_pieces
+from grace.export.reference import Reference, model_of
 from grace.runtime.generate import load_model
 from grace.runtime.int4_linear import int4_linears, set_kernel
 
@@ -37,11 +38,11 @@ EXACT_LIMIT = 1e-4
 NOISE_MARGIN = 4.0
 
 
-def check_loaded(reference: Reference, stored: Stored, directory: Path) -> dict[str, Any]:
+def check_loaded(reference: Reference, stored: Source, directory: Path) -> dict[str, Any]:
     """Runs the whole gate on a written AWQ directory, loaded by GRACE's own runtime; returns its figures.
 
     Raises:
-        RuntimeError: the packed model is not the trained one.
+        RuntimeError: the packed model is not that of the source.
     """
     check_stored(reference.source, stored)
     packed = load_model(directory, torch.float32)
@@ -60,51 +61,58 @@ def check_loaded(reference: Reference, stored: Stored, directory: Path) -> dict[
     return figures
 
 
-def check_filled(reference: Reference, stored: Stored) -> dict[str, Any]:
-    """Runs the gate on a format that has no kernels here: its tensors, put into the model as fp32.
+def check_filled(reference: Reference, stored: Source) -> dict[str, Any]:
+    """Runs the gate on a format that has no kernels here: a model made of its tensors in fp32.
 
     Raises:
-        RuntimeError: the stored model is not the trained one.
+        RuntimeError: the stored model is not that of the source.
     """
     check_stored(reference.source, stored)
-    model = load_model(reference.source.directory, torch.float32)
-    fill(model, reference.source, stored)
-    figures = exact_figures(reference, model)
+    figures = exact_figures(reference, model_of(stored, torch.float32))
     require_parity(figures)
     return figures
 
 
-def check_stored(source: Source, stored: Stored) -> None:
-    """Compares everything that was written with the trained model, bit for bit.
+def check_tensors(source: Source, stored: Source) -> dict[str, Any]:
+    """The gate without samples: everything that was written, bit for bit.
+
+    Raises:
+        RuntimeError: something differs.
+    """
+    check_stored(source, stored)
+    return {"codes_identical": True, "dense_identical": True, "modules": len(source.qat.modules)}
+
+
+def check_stored(source: Source, stored: Source) -> None:
+    """Compares everything that was written with the source, bit for bit.
 
     Raises:
         RuntimeError: something differs.
     """
     for name, weight in source.qat.modules.items():
         try:
-            codes_OI, scales_OG = stored.codes(name)
-        except ValueError as error:
+            same = _same(weight, stored.qat.modules[name])
+        except (KeyError, UserError) as error:
             raise RuntimeError(f"parity: {name} reads back wrong ({error}); nothing was published") from error
-        if not torch.equal(codes_OI, weight.codes_OI) or not torch.equal(scales_OG, weight.scales_OG):
-            raise RuntimeError(f"parity: {name} was not written as trained; nothing was published")
+        if not same:
+            raise RuntimeError(f"parity: {name} was not written as it was read; nothing was published")
     for name in dense_names(source):
-        start, written = 0, stored.dense(name)
+        start, written = 0, stored.weights.read(name)
         for piece in dense_pieces(source, name):
             rows = written[start : start + len(piece)] if piece.ndim else written
             start += len(piece) if piece.ndim else 1
             if not torch.equal(rows.to(piece.dtype), piece):
-                raise RuntimeError(f"parity: {name} was not written as trained; nothing was published")
+                raise RuntimeError(f"parity: {name} was not written as it was read; nothing was published")
 
 
-def fill(model: torch.nn.Module, source: Source, stored: Stored) -> None:
-    """Puts an export's tensors into an ordinary model, quantized weights as scale * code in fp32."""
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            module = name.removesuffix(".weight")
-            if module in source.qat.modules:
-                parameter.copy_(dequantize(*stored.codes(module), source.qat.group_size))
-            else:
-                parameter.copy_(stored.dense(name))
+def _same(weight: QuantizedWeight, stored: QuantizedWeight) -> bool:
+    """Whether two linears have the same codes, scales (whatever their type) and zero points."""
+    zeros = [torch.zeros(()) if held.zeros_OG is None else held.zeros_OG.float() for held in (weight, stored)]
+    return (
+        torch.equal(weight.codes_OI, stored.codes_OI)
+        and torch.equal(weight.scales_OG.float(), stored.scales_OG.float())
+        and bool((zeros[0] == zeros[1]).all())
+    )
 
 
 def exact_figures(reference: Reference, model: Any) -> dict[str, Any]:
@@ -235,13 +243,19 @@ def describe(name: str, figures: dict[str, Any]) -> str:
     if "exact" not in figures:
         return f"parity {name}: codes, scales and weights of {figures['modules']} modules identical"
     exact, fp32 = figures["exact"], figures["exact_greedy"]
+    rounded = figures.get("scale_rounding")
     text = (
-        f"parity {name}: codes and scales identical, dense tensors too; "
+        f"parity {name}: codes {'' if rounded else 'and scales '}identical, dense tensors too; "
         f"{figures['positions']} positions of {figures['records']} records\n"
         f"  fp32:     largest logit difference {exact['relative']:.1e} "
         f"of the largest logit (limit {exact['limit']:.0e}), "
         f"identical greedy answers {fp32['identical']} of {fp32['records']}{_gaps(fp32['parted'])}"
     )
+    if rounded:
+        text += (
+            f"\n  float32 scales rounded to {rounded['dtype']}: by up to {rounded['largest_relative']:.1e}, "
+            f"which moves logits by up to {rounded['logits_relative']:.1e} of the largest"
+        )
     if "deployed" not in figures:
         return text
     deployed, decoded = figures["deployed"], figures["greedy"]

@@ -1,8 +1,10 @@
-"""The trained model's answers on the parity samples: what every exported format is compared with.
+"""The source's answers on the parity samples: what every exported format is compared with.
 
-Computed once, however many formats are exported. Shape suffixes: T positions, V vocabulary.
+Computed once, however many formats are exported. A trained checkpoint is loaded as the ordinary model that
+it also is; of any other source a model is made from its integers, scales and dense tensors. Shape suffixes: T positions, V vocabulary.
 """
 
+import copy
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any
@@ -14,9 +16,11 @@ from grace.data.batch import collate
 from grace.data.records import Record, open_image
 from grace.data.template import Sample, encode, encode_prompt
 from grace.distill.teacher import supervised
-from grace.export.source import Source
+from grace.export.contents import Source
+from grace.export.directory import dense_names
 from grace.models import qwen3vl
 from grace.models.processor import load_processor
+from grace.quant.grid import dequantize
 from grace.runtime.generate import generation_config, load_model, model_inputs
 
 MAX_POSITIONS = 512  # keeps the logits of a 152k vocabulary within 0.3 GB per model
@@ -31,7 +35,7 @@ class Answers:
 
 
 class Reference:
-    """The trained model on samples that any other model can be asked too.
+    """The source on samples that any other model can be asked too.
 
     Raises:
         UserError: the samples cannot be encoded.
@@ -58,14 +62,37 @@ class Reference:
     @cached_property
     def fp32(self) -> Answers:
         """In float32, with what an export stores as bfloat16 rounded to it."""
-        model = load_model(self.source.directory, torch.float32)
-        round_unquantized(model, self.source.qat.modules)
-        return self.ask(model)
+        return self.ask(self.model(torch.float32))
 
     @cached_property
     def bf16(self) -> Answers:
         """In bfloat16, as deployed."""
-        return self.ask(load_model(self.source.directory, torch.bfloat16))
+        return self.ask(self.model(torch.bfloat16))
+
+    def model(self, dtype: torch.dtype) -> Any:
+        """The source as a model."""
+        trained = self.source.trained
+        model = load_model(self.source.directory, dtype) if trained else model_of(self.source, dtype)
+        if dtype == torch.float32 and self.source.ours:
+            round_unquantized(model, self.source.qat.modules)
+        return model
+
+    def rescaled(self, source: Source) -> "Reference":
+        """The same samples asked of the same model with other scales."""
+        other = copy.copy(self)
+        other.source = source
+        for name in ("fp32", "bf16"):
+            vars(other).pop(name, None)
+        return other
+
+
+def model_of(source: Source, dtype: torch.dtype) -> Any:
+    """The model that codes, scales and dense tensors make."""
+    tensors = {name: source.weights.read(name).to(dtype) for name in dense_names(source)}
+    for name, weight in source.qat.modules.items():
+        wide_OI = dequantize(weight.codes_OI, weight.scales_OG, source.qat.group_size, weight.zeros_OG)
+        tensors[f"{name}.weight"] = wide_OI.to(dtype)
+    return qwen3vl.from_tensors(qwen3vl.config_of(source.config, source.directory), tensors, dtype)
 
 
 def prompt_of(record: Record, processor: Any) -> Sample:

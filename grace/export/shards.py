@@ -3,16 +3,13 @@
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from grace.checked_files import INDEX, WEIGHTS, weight_files
 from grace.export.progress import progress
 from grace.export.stream import Entry, TensorFile, write_safetensors
-
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 
 
 def write_weights(
@@ -68,26 +65,13 @@ class Weights:
     """The tensors of a directory by name, wherever they lie; each read when asked for.
 
     Raises:
-        SafetensorError: a file is damaged.
+        DamagedFile: a file is damaged, or an index does not describe the files beside it.
         OSError: one cannot be read.
-        ValueError: an index that does not describe the files beside it.
     """
 
     def __init__(self, directory: Path):
-        names = [WEIGHTS]
-        listed: dict[str, Any] | None = None
-        if not (directory / WEIGHTS).exists() and (directory / INDEX).is_file():
-            listed = json.loads((directory / INDEX).read_text(encoding="utf-8")).get("weight_map")
-            if not isinstance(listed, dict) or not listed:
-                raise ValueError(f"{INDEX} has no weight_map")
-            names = sorted({str(name) for name in listed.values()})
-            strange = [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]
-            if strange:
-                raise ValueError(f"{INDEX} names {strange[0]!r}, which is no file beside it")
-        files = {name: TensorFile(directory / name) for name in names}
-        self._files = {tensor: file for file in files.values() for tensor in file.shapes}
-        if listed is not None and {name: file.path.name for name, file in self._files.items()} != listed:
-            raise ValueError(f"{INDEX} and the files beside it disagree")
+        files = [TensorFile(directory / name, held) for name, held in weight_files(directory).items()]
+        self._files = {tensor: file for file in files for tensor in file.shapes}
         self.shapes = {name: file.shapes[name] for name, file in self._files.items()}
         self.dtypes: dict[str, torch.dtype] = {name: file.dtypes[name] for name, file in self._files.items()}
 

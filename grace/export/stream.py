@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
+
+from grace.checked_files import DamagedFile, StoredTensor, safetensors_header
 
 _TYPES = {
     torch.float64: "F64",
@@ -72,53 +73,61 @@ class TensorFile:
 
     The library maps the file instead, and every page that was looked at stays resident.
 
+    Args:
+        header: of the file, where it has been read already.
+
     Raises:
-        SafetensorError: the file is damaged.
+        DamagedFile: the file is damaged, or holds a type that this class does not know.
         OSError: it cannot be read.
-        ValueError: it holds a type that this class does not know.
     """
 
-    def __init__(self, path: Path):
-        with safe_open(path, framework="pt") as file:  # checks header, offsets and length
-            names = list(file.keys())
-        self.path = path
-        with path.open("rb") as raw:
-            length = int.from_bytes(raw.read(8), "little")
-            header = json.loads(raw.read(length))
-        unknown = {header[name]["dtype"] for name in names} - set(_DTYPES)
+    def __init__(self, path: Path, header: dict[str, StoredTensor] | None = None):
+        header = safetensors_header(path) if header is None else header
+        unknown = {entry.dtype for entry in header.values()} - set(_DTYPES)
         if unknown:
-            raise ValueError(f"tensors of type {', '.join(sorted(unknown))}")
-        self.dtypes = {name: _DTYPES[header[name]["dtype"]] for name in names}
-        self.shapes = {name: tuple(header[name]["shape"]) for name in names}
-        self._starts = {name: 8 + length + header[name]["data_offsets"][0] for name in names}
+            raise DamagedFile(f"{path.name} holds tensors of type {', '.join(sorted(unknown))}")
+        self.path = path
+        self.dtypes = {name: _DTYPES[entry.dtype] for name, entry in header.items()}
+        self.shapes = {name: entry.shape for name, entry in header.items()}
+        self._starts = {name: entry.start for name, entry in header.items()}
 
     def read(self, name: str) -> Tensor:
         """One whole tensor."""
-        return self._read(self._starts[name], self.shapes[name], self.dtypes[name])
+        return read_tensor(self.path, self._starts[name], self.shapes[name], self.dtypes[name])
 
     def pieces(self, name: str) -> Iterator[Tensor]:
         """One tensor in slices of its first dimension, none of more than some 32 MB."""
-        shape, dtype = self.shapes[name], self.dtypes[name]
-        if not shape or 0 in shape:
-            yield self.read(name)
-            return
-        row_bytes = dtype.itemsize * torch.Size(shape[1:]).numel()
-        step = max(1, _PIECE_BYTES // row_bytes)
-        for row in range(0, shape[0], step):
-            rows = min(step, shape[0] - row)
-            yield self._read(self._starts[name] + row * row_bytes, (rows, *shape[1:]), dtype)
+        return read_pieces(self.path, self._starts[name], self.shapes[name], self.dtypes[name])
 
-    def _read(self, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        tensor = torch.empty(shape, dtype=dtype)
-        with self.path.open("rb", buffering=0) as file:
-            file.seek(start)
-            room = memoryview(raw_bytes(tensor))
-            while room:
-                count = file.readinto(room)
-                if not count:
-                    raise OSError(f"{self.path.name} ends early")
-                room = room[count:]
-        return tensor
+
+def read_pieces(path: Path, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[Tensor]:
+    """What `read_tensor` gives, in slices of its first dimension, none of more than some 32 MB."""
+    if not shape or 0 in shape:
+        yield read_tensor(path, start, shape, dtype)
+        return
+    row_bytes = dtype.itemsize * torch.Size(shape[1:]).numel()
+    step = max(1, _PIECE_BYTES // row_bytes)
+    for row in range(0, shape[0], step):
+        rows = min(step, shape[0] - row)
+        yield read_tensor(path, start + row * row_bytes, (rows, *shape[1:]), dtype)
+
+
+def read_tensor(path: Path, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """The tensor whose bytes begin at `start`.
+
+    Raises:
+        OSError: the file ends before they do.
+    """
+    tensor = torch.empty(shape, dtype=dtype)
+    with path.open("rb", buffering=0) as file:
+        file.seek(start)
+        room = memoryview(raw_bytes(tensor))
+        while room:
+            count = file.readinto(room)
+            if not count:
+                raise OSError(f"{path.name} ends early")
+            room = room[count:]
+    return tensor
 
 
 def write_safetensors(

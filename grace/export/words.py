@@ -67,20 +67,21 @@ def _nibbles(values_OI: Tensor) -> Tensor:
     """Two neighbours to a byte, the first in the low half, by whole-word steps; values in [0, 15]."""
     if sys.byteorder != "little":
         return _as_words(values_OI[:, 0::2] | (values_OI[:, 1::2] << 4))
-    pairs = values_OI.view(torch.int16)  # second << 8 | first
-    return ((pairs >> 4) | pairs).to(torch.uint8).view(torch.int32)
+    # Flat, since a matrix of one row may claim any stride.
+    pairs = values_OI.reshape(-1).view(torch.int16)  # second << 8 | first
+    return ((pairs >> 4) | pairs).to(torch.uint8).view(torch.int32).view(len(values_OI), -1)
 
 
 def _as_words(bytes_OB: Tensor) -> Tensor:
     """Four bytes, low first, as one int32."""
     if sys.byteorder != "little":
         bytes_OB = bytes_OB.view(len(bytes_OB), -1, 4).flip(-1).reshape(bytes_OB.shape)
-    return bytes_OB.contiguous().view(torch.int32)
+    return bytes_OB.reshape(-1).view(torch.int32).view(len(bytes_OB), -1)
 
 
 def _as_bytes(words_OW: Tensor) -> Tensor:
     """int32 as its bytes, low first, along the row."""
-    bytes_OB = words_OW.contiguous().view(torch.uint8)
+    bytes_OB = words_OW.reshape(-1).view(torch.uint8).view(len(words_OW), -1)
     if sys.byteorder != "little":
         bytes_OB = bytes_OB.view(len(bytes_OB), -1, 4).flip(-1).reshape(bytes_OB.shape)
     return bytes_OB

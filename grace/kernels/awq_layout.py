@@ -13,6 +13,8 @@ from torch import Tensor
 
 NIBBLE_COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)
 PER_WORD = 8
+# Eight zero points of 8 in one word, as a signed 32-bit integer.
+ZERO_WORD = 0x88888888 - (1 << 32)
 # A byte holds nibbles 2j and 2j + 1: the columns of the four low and of the four high nibbles.
 _LOW_COLUMNS = NIBBLE_COLUMNS[0::2]  # 0, 4, 1, 5
 _HIGH_COLUMNS = NIBBLE_COLUMNS[1::2]  # 2, 6, 3, 7

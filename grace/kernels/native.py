@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grace.kernels.awq_layout import ZERO_WORD
 from grace.kernels.compiled import library
 
 GROUP_SIZES = (32, 64, 128)
-_ZERO_WORD = 0x88888888 - (1 << 32)  # eight zero points of 8, as a signed integer
 
 
 class _Part(ctypes.Structure):
@@ -114,7 +114,7 @@ def prepare(linears: Sequence[Awq], group_size: int) -> NativeWeight:
                     f"expected {dtype} {shape} on the CPU, not {tensor.dtype} {tuple(tensor.shape)}"
                 )
         bias = None if one.bias is None else one.bias.detach().float().contiguous()
-        symmetric = bool((tensors[1] == _ZERO_WORD).all())
+        symmetric = bool((tensors[1] == ZERO_WORD).all())
         part.qweight, part.scales = tensors[0].data_ptr(), tensors[2].data_ptr()
         part.qzeros = None if symmetric else tensors[1].data_ptr()
         part.bias = None if bias is None else bias.data_ptr()

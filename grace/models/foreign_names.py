@@ -21,6 +21,9 @@ MLX: Prefixes = (
     ("lm_head.", "language_model.lm_head."),
 )
 SGLANG: Prefixes = (("model.visual.", "visual."), ("model.language_model.", "model."))
+# modules_to_not_convert. Both names of the tower: transformers matches anchored paths, vLLM and SGLang substrings
+# (DESIGN section 6).
+AWQ_NOT_CONVERTED = ["visual", "model.visual", "lm_head"]
 # The text model as the gguf package's name map knows it, and the tower.
 GGUF_TEXT: Prefixes = (("model.language_model.", "model."), ("lm_head.", "lm_head."))
 GGUF_VISION: Prefixes = (("model.visual.", "visual."),)
@@ -55,6 +58,12 @@ def sglang_module(name: str) -> str:
 def mlx_name(name: str) -> str:
     """mlx-vlm's name of a module or tensor."""
     return (renamed(f"{name}.", MLX) or name).removesuffix(".")
+
+
+def layer_name(name: str) -> str | None:
+    """A module of the decoder from its layer's number on (`layers.3.mlp.up_proj`): the end of its name in every engine."""
+    found = re.fullmatch(r"model\.language_model\.(layers\.\d+\..+)", name)
+    return found.group(1) if found else None
 
 
 def is_patch_convolution(name: str) -> bool:

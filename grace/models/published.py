@@ -51,3 +51,17 @@ PUBLISHED_SHAPES: dict[str, dict[str, Any]] = {
         "tied": False,
     },
 }
+
+# What all of them have in common in their language models.
+PUBLISHED_TEXT: dict[str, Any] = {
+    "vocab_size": 151936,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 262144,
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 5_000_000,
+        "mrope_section": [24, 20, 20],
+        "mrope_interleaved": True,
+    },
+}

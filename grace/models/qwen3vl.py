@@ -15,16 +15,24 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, Qwen3VLConfig, Qwen3VLForConditionalGeneration
+from transformers import Qwen3VLForConditionalGeneration
 
+from grace.checked_files import reason_of
 from grace.errors import UserError
 from grace.models.attention import PACKED
 from grace.models.inputs import ModelInputs
-from grace.models.published import PUBLISHED_SHAPES
+from grace.models.stored import config_for as config_for
+from grace.models.stored import config_of as config_of
+from grace.models.stored import from_tensors as from_tensors
+from grace.models.stored import parameter_shapes as parameter_shapes
+from grace.models.stored import require_loadable
+from grace.models.stored import skeleton as skeleton
+from grace.models.stored import vocabulary_size as vocabulary_size
 from grace.quant.fake_quant import QuantLinear
 
 DECODER_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 VISION, HEAD = "model.visual", "lm_head"
+VISION_TYPE = "qwen3_vl_vision"  # what transformers 5 calls the tower in config.json
 IMAGE_TOKEN_TYPE = 1  # value of mm_token_type_ids at image tokens
 
 
@@ -42,57 +50,6 @@ class HiddenStates:
     last_layer_input_BLD: Tensor
 
 
-def config_for(path: str) -> Qwen3VLConfig:
-    """Configuration of a local model directory, or of a published model by name, offline.
-
-    Raises:
-        UserError: neither a directory with a Qwen3-VL config.json nor a known name.
-    """
-    if (Path(path) / "config.json").is_file():
-        try:
-            config = AutoConfig.from_pretrained(path)
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"{path}/config.json cannot be read ({error}): give a Qwen3-VL directory"
-            ) from error
-        if not isinstance(config, Qwen3VLConfig):
-            raise UserError(f"{path} holds a {config.model_type} model: GRACE trains Qwen3-VL")
-        return config
-    if path not in PUBLISHED_SHAPES:
-        known = ", ".join(PUBLISHED_SHAPES)
-        raise UserError(f"no model at {path}: give a directory with config.json, or one of {known}")
-    shape = PUBLISHED_SHAPES[path]
-    text = {
-        "vocab_size": 151936,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "max_position_embeddings": 262144,
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": 5_000_000,
-            "mrope_section": [24, 20, 20],
-            "mrope_interleaved": True,
-        },
-        **shape["text"],
-    }
-    vision = {"num_heads": 16, "out_hidden_size": shape["text"]["hidden_size"], **shape["vision"]}
-    return Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=shape["tied"])
-
-
-def vocabulary_size(path: str) -> int:
-    """Entries of the output layer; path and errors as `config_for`."""
-    text: Any = config_for(path).text_config
-    return text.vocab_size
-
-
-def skeleton(config: Qwen3VLConfig) -> Qwen3VLForConditionalGeneration:
-    """The model on the meta device: all shapes, no memory."""
-    with torch.device("meta"):
-        model = Qwen3VLForConditionalGeneration(config)
-    model.tie_weights()
-    return model
-
-
 def load_model(
     path: str, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", **options: Any
 ) -> Qwen3VLForConditionalGeneration:
@@ -106,14 +63,19 @@ def load_model(
     """
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
+    if Path(path).is_dir():
+        require_loadable(Path(path))
     try:
         model = Qwen3VLForConditionalGeneration.from_pretrained(
-            path, dtype=dtype, attn_implementation={"": "sdpa", "text_config": PACKED}, **options
+            path,
+            dtype=dtype,
+            attn_implementation={"": "sdpa", "text_config": PACKED},
+            use_safetensors=True,
+            **options,
         )
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"cannot load a Qwen3-VL model from {path} ({reason}): check student.path / teacher.path"
+            f"cannot load a Qwen3-VL model from {path} ({reason_of(error)}): check student.path / teacher.path"
         ) from error
     if "device_map" not in options:
         nn.Module.to(model, device)  # in place; the class's own `to` hides its types

@@ -13,7 +13,8 @@ stale (benchmarks/qat_overhead.py has the arithmetic and the measurements).
 Shape suffixes: O output features, I input features, G groups along the input, S one group's elements.
 """
 
-from typing import Any, Protocol, Self, cast
+from collections.abc import Callable
+from typing import Any, ClassVar, Protocol, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -44,16 +45,22 @@ class Kernels(Protocol):
 
 
 class TorchKernels:
-    """The definition, in torch operations; on a CPU slice by slice, so that passes stay in its caches."""
+    """The definition, in torch operations; on a CPU slice by slice, so that passes stay in its caches.
 
-    @staticmethod
+    Attributes:
+        scale: what a log-scale stands for, float32; a trial of other scales overrides it.
+    """
+
+    scale: ClassVar[Callable[[Tensor], Tensor]] = staticmethod(grid.snapped_scale)
+
+    @classmethod
     def forward(
-        weight_OI: Tensor, theta_OG: Tensor, group_size: int, bits: int, dtype: torch.dtype
+        cls, weight_OI: Tensor, theta_OG: Tensor, group_size: int, bits: int, dtype: torch.dtype
     ) -> Tensor:
         """See `Kernels`. The only temporary is one slice of codes."""
         low, high = grid.code_range(bits)
         source_OGS, wide = grid.grouped(weight_OI, group_size), grid.compute_dtype(weight_OI)
-        scale_OG = grid.snapped_scale(theta_OG).to(wide)
+        scale_OG = cls.scale(theta_OG).to(wide)
         output_OGS = torch.empty(source_OGS.shape, dtype=dtype, device=weight_OI.device)
         (scratch_OGS,) = _scratch(source_OGS, wide, 1)
         for rows in grid.row_blocks(source_OGS):
@@ -62,15 +69,15 @@ class TorchKernels:
             torch.mul(codes_OGS.clamp_(low, high), scale.unsqueeze(-1), out=output_OGS[rows])
         return output_OGS.reshape(weight_OI.shape)
 
-    @staticmethod
+    @classmethod
     def backward(
-        weight_OI: Tensor, theta_OG: Tensor, grad_OI: Tensor, group_size: int, bits: int
+        cls, weight_OI: Tensor, theta_OG: Tensor, grad_OI: Tensor, group_size: int, bits: int
     ) -> tuple[Tensor, Tensor]:
         """See `Kernels`. The only temporaries are three slices."""
         low, high = grid.code_range(bits)
         source_OGS, wide = grid.grouped(weight_OI, group_size), grid.compute_dtype(weight_OI)
         upstream_OGS = grid.grouped(grad_OI, group_size)
-        scale_OG = grid.snapped_scale(theta_OG).to(wide)
+        scale_OG = cls.scale(theta_OG).to(wide)
         grad_weight_OGS = torch.empty(source_OGS.shape, dtype=weight_OI.dtype, device=weight_OI.device)
         grad_theta_OG = torch.empty(theta_OG.shape, dtype=theta_OG.dtype, device=weight_OI.device)
         scratch = _scratch(source_OGS, wide, 3)

@@ -96,6 +96,37 @@ def rounded_ratio(weight_OGS: Tensor, scale_OG: Tensor, out_OGS: Tensor | None =
     return torch.div(weight_OGS, scale_OG.unsqueeze(-1), out=out_OGS).round_()
 
 
+def whole(ratio: Tensor) -> Tensor:
+    """The nearest whole numbers, ties to even, in the same type."""
+    return torch.round(ratio)
+
+
+def divided_codes(weight_OI: Tensor, scales_OG: Tensor, bits: int) -> tuple[Tensor, bool, bool]:
+    """Codes of a weight under scales that are given as they are, and what they tell about it.
+
+    Returns:
+        codes [O, I] int8, round(W / s) clipped to `bits`; whether any was clipped; whether W lies on the grid
+        of its scales, as far as a bfloat16 can (its 8 digits make a ratio wrong by up to 2^-8 of itself).
+
+    Raises:
+        ValueError: shapes do not fit, or a weight is NaN or infinite.
+    """
+    low, high = code_range(bits)
+    weight_OGS = grouped(weight_OI, weight_OI.shape[1] // max(1, scales_OG.shape[1]))
+    codes_OGS = torch.empty(weight_OGS.shape, dtype=torch.int8)
+    clipped, on_grid = False, True
+    for rows in row_blocks(weight_OGS):
+        block_OGS = weight_OGS[rows].float()
+        _require_finite(block_OGS, "weight")
+        ratio_OGS = block_OGS / scales_OG[rows].float().unsqueeze(-1)
+        rounded_OGS = torch.round(ratio_OGS)
+        off_OGS = (ratio_OGS - rounded_OGS).abs() - ratio_OGS.abs() * 2.0**-8
+        on_grid = on_grid and not bool((off_OGS > 0).any())
+        codes_OGS[rows] = rounded_OGS.clamp(low, high)
+        clipped = clipped or bool((rounded_OGS < low).any()) or bool((rounded_OGS > high).any())
+    return codes_OGS.reshape(weight_OI.shape), clipped, on_grid
+
+
 def init_theta(weight_OI: Tensor, group_size: int = 128, bits: int = 4) -> Tensor:
     """Initial log-scales: per group the MSE-best of 20 ratios of max|W| / (2^(b-1) - 1).
 
@@ -122,6 +153,16 @@ def init_theta(weight_OI: Tensor, group_size: int = 128, bits: int = 4) -> Tenso
         block_OGS = source_OGS[rows].to(compute_dtype(weight_OI))
         theta_OG[rows] = _best_scale(block_OGS, low, high).log()
     return theta_OG
+
+
+def absmax_theta(weight_OI: Tensor, group_size: int = 128, bits: int = 4) -> Tensor:
+    """Log-scales that put the largest weight of each group on the largest code: snap(max|W| / (2^(b-1) - 1)).
+
+    Arguments, result and errors as `init_theta`, which this is the usual rival of.
+    """
+    _, high = code_range(bits)
+    _require_finite(weight_OI, "weight")
+    return snap(grouped(weight_OI.detach(), group_size).abs().amax(-1).double() / high).log()
 
 
 def _best_scale(weight_OGS: Tensor, low: int, high: int) -> Tensor:
@@ -175,15 +216,22 @@ def quantize(
     return codes_OGS.reshape(weight_OI.shape), scale_OG.to(torch.bfloat16)
 
 
-def dequantize(codes_OI: Tensor, scales_OG: Tensor, group_size: int = 128) -> Tensor:
-    """W_hat = s * q [O, I] in float32, exact for bfloat16 scales and int8 codes.
+def dequantize(
+    codes_OI: Tensor, scales_OG: Tensor, group_size: int = 128, zeros_OG: Tensor | None = None
+) -> Tensor:
+    """W_hat = s * q [O, I] in float32, exact for int8 codes and scales of 16 bits.
+
+    Args:
+        zeros_OG: zero points, for s * (q - z); None is 0 everywhere.
 
     Raises:
         ValueError: shapes do not fit.
     """
     check_scales(codes_OI, scales_OG, group_size, what="scales")
-    weight_OGS = grouped(codes_OI, group_size).float() * scales_OG.float().unsqueeze(-1)
-    return weight_OGS.reshape(codes_OI.shape)
+    weight_OGS = grouped(codes_OI, group_size).float()
+    if zeros_OG is not None:
+        weight_OGS = weight_OGS - zeros_OG.float().unsqueeze(-1)
+    return (weight_OGS * scales_OG.float().unsqueeze(-1)).reshape(codes_OI.shape)
 
 
 def _require_finite(tensor: Tensor, what: str) -> None:

@@ -12,6 +12,7 @@ import yaml
 
 from grace.data.audit_list import list_path, summary_path
 from grace.errors import UserError
+from grace.recipe_parts import paths_of
 from grace.run_files import ENVIRONMENT_FILE, METRICS_FILE, RECIPE_FILE
 
 LAYER = "quant/snr/"  # before a layer's name
@@ -89,9 +90,10 @@ def read_run(path: Path, name: str | None = None) -> RunLog:
     log, recipe = path / METRICS_FILE, _mapping(path / RECIPE_FILE)
     lines, unreadable = read_lines(log)
     data = section(recipe, "data")
-    audit = {}
-    if isinstance(data.get("path"), str):
-        audit = _mapping(summary_path(list_path(data["path"], data.get("audit"))))
+    try:
+        audit = _mapping(summary_path(list_path(paths_of(data.get("path")), data.get("audit"))))
+    except (ValueError, TypeError):  # a recipe that somebody wrote something else into
+        audit = {}
     by_step = {line["step"]: line for line in lines if "loss/total" in line}
     validation = {line["step"]: line for line in lines if any(key.startswith("val/") for key in line)}
     layers = [line for line in lines if any(key.startswith(LAYER) for key in line)]
@@ -152,9 +154,13 @@ def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
 
 def number(value: Any) -> float | None:
     """A finite number as it is, anything else as None."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return float(value)
+    try:
+        found = float(value)
+    except OverflowError:  # a whole number of hundreds of digits
+        return None
+    return found if math.isfinite(found) else None
 
 
 def series(lines: Iterable[Mapping[str, Any]], key: str) -> tuple[list[int], list[float]]:

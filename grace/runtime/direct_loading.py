@@ -19,8 +19,9 @@ from transformers import GenerationConfig
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from grace.errors import UserError
-from grace.models.qwen3vl import config_for, is_vision, skeleton
+from grace.models.qwen3vl import is_vision
 from grace.models.rotary import make_rotary
+from grace.models.stored import config_for, skeleton
 from grace.runtime.int4_linear import Int4Linear
 
 _BLOCK = 1 << 23

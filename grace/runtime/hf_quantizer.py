@@ -3,7 +3,6 @@
 `import grace.runtime` registers the quantizer here in place of the library's own, which needs gptqmodel.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
+from grace.checked_files import read_json, safetensors_header, shown
 from grace.errors import UserError
 from grace.runtime.int4_linear import Int4Linear
 
@@ -45,8 +45,10 @@ class Int4AwqQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         config: Any = self.quantization_config
         group_size = int(config.group_size)
-        listed = listed_modules(kwargs.get("checkpoint_files") or ())
-        names = self.modules_by_rule(model) if listed is None else listed
+        files = kwargs.get("checkpoint_files") or ()
+        names = listed_modules(files)
+        if names is None:
+            names = stored_modules(files) if files else self.modules_by_rule(model)
         put_int4_linears(model, names, group_size)
 
     def modules_by_rule(self, model: Any) -> list[str]:
@@ -80,15 +82,24 @@ def listed_modules(checkpoint_files: Any) -> list[str] | None:
     if not checkpoint_files:
         return None
     path = Path(checkpoint_files[0]).parent / MODULES_FILE
-    if not path.is_file():
+    if not path.exists():
         return None
     try:
-        names = json.loads(path.read_text(encoding="utf-8"))["modules"]
+        names = read_json(path)["modules"]
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise ValueError("modules is not a list of names")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{path} is damaged ({error}): export again") from error
     return names
+
+
+def stored_modules(checkpoint_files: Any) -> list[str]:
+    """The modules whose weights are AWQ tensors, by the names in the files.
+
+    Other tools' lists of what is not quantized are written for one engine's way of matching names.
+    """
+    tensors = {name for path in checkpoint_files for name in safetensors_header(Path(path))}
+    return sorted(name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight"))
 
 
 def put_int4_linears(model: nn.Module, names: list[str], group_size: int) -> None:
@@ -101,7 +112,7 @@ def put_int4_linears(model: nn.Module, names: list[str], group_size: int) -> Non
     for name in names:
         if name not in linears:
             raise UserError(
-                f"{MODULES_FILE} lists {name}, which is no linear layer of this model: export again"
+                f"{MODULES_FILE} lists {shown(name)}, which is no linear layer of this model: export again"
             )
         linear = linears[name]
         try:

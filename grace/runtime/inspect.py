@@ -19,12 +19,14 @@ from rich.table import Table
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from grace.checked_files import INDEX, WEIGHTS, read_json
 from grace.checkpoint import read_qat
 from grace.errors import UserError
 from grace.kernels import registry
 from grace.kernels.awq_layout import unpack_transposed
+from grace.models.stored import require_loadable
 from grace.quant.grid import dequantize
-from grace.runtime.generate import checkpoint_kind
+from grace.runtime.loading import checkpoint_kind, packed_block
 
 NO_LATENTS = "no fp32 latents in this directory"
 _BARS = " ▁▂▃▄▅▆▇█"
@@ -62,6 +64,8 @@ def inspect_checkpoint(directory: str | Path) -> dict[str, Any]:
     kind = checkpoint_kind(directory)
     if kind == "plain":
         raise UserError(f"{directory} holds no quantized weights: give an AWQ or QAT directory")
+    if kind == "qat" or (directory / WEIGHTS).exists() or (directory / INDEX).exists():
+        require_loadable(directory)
     try:
         layers = [_figures(layer) for layer in (_qat_layers if kind == "qat" else _awq_layers)(directory)]
         file_bytes = sum(path.stat().st_size for path in directory.rglob("*.safetensors"))
@@ -125,7 +129,8 @@ def _read_with_latents(directory: Path) -> Any:
 
 
 def _awq_layers(directory: Path) -> Iterator[_Layer]:
-    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+    whole = read_json(directory / "config.json")
+    config = whole.get("quantization_config") or packed_block(whole, directory)
     bits, group_size = int(config["bits"]), int(config["group_size"])
     for path in sorted(directory.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:

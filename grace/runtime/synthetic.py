@@ -14,9 +14,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from grace.export.awq import NOT_CONVERTED, ZERO_WORD
 from grace.files import write_text
 from grace.kernels import reference
+from grace.kernels.awq_layout import ZERO_WORD
+from grace.models.foreign_names import AWQ_NOT_CONVERTED
 from grace.models.qwen3vl import config_for, decoder_linears, skeleton
 
 NAMES = {f"qwen3-vl-{size}": f"Qwen/Qwen3-VL-{size.upper()}-Instruct" for size in ("2b", "4b", "8b")}
@@ -25,7 +26,7 @@ _STD = 0.02
 _CODE_STD = 4.61  # of uniform codes from -8 to 7
 _QUANTIZATION = {
     "quant_method": "awq", "bits": 4, "group_size": GROUP_SIZE, "version": "gemm", "zero_point": True,
-    "modules_to_not_convert": NOT_CONVERTED,
+    "modules_to_not_convert": AWQ_NOT_CONVERTED,
 }  # fmt: skip
 
 Advance = Callable[[int, int], None]

@@ -64,7 +64,7 @@ def test_every_entry_is_what_parsing_gives(held: str, tmp_path: Path) -> None:
     assert isinstance(found.texts, TextsInMemory) == (held == "memory")
     ids = [entry_id(one) for one in entries]
     repeats = [name is not None and name in ids[:i] for i, name in enumerate(ids)]
-    assert len(found) == len(entries) and sum(repeats) == 4
+    assert len(found) == len(entries) and sum(repeats) == 5
     assert found.index.repeats_N.tolist() == repeats
     parsed = [parse_entry(one, Path("root"), repeat) for one, repeat in zip(entries, repeats, strict=True)]
     assert [found.parsed(i, Path("root")) for i in range(len(found))] == parsed

@@ -1,6 +1,7 @@
 """The audit finds every planted fault and nothing else, and counts what training would encode."""
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,13 @@ def test_at_least_forty_kinds_are_planted_and_every_class_among_them() -> None:
         kind for table in (FILES, DEEP_FILES, SPECIAL) for _, kinds in table.values() for kind in kinds
     }
     assert classes == set(CLASSES)
+
+
+def test_the_documentation_names_every_class_and_which_may_be_accepted() -> None:
+    text = (Path(__file__).parents[2] / "data" / "README.md").read_text()
+    table = text[text.index("| seen in") : text.index("Those with a star")]
+    named = {name: bool(star) for name, star in re.findall(r"`([a-z_]+)`(\*?)", table)}
+    assert named == {name: one.usable for name, one in CLASSES.items()}
 
 
 def test_every_fault_is_found_and_nothing_else(tree: tuple[Path, list[Planted]], deep: FileAudit) -> None:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grace.data.batch import collate
-from grace.data.packing import collate_packed, pack, positions_3L
+from grace.data.packing import collate_packed, pack, pack_evenly, positions_3L
 from grace.data.template import Sample
 
 
@@ -47,6 +47,28 @@ def test_rows_of_sharegpt4v_lengths_are_full(budget: int) -> None:
     )
     rows = pack(lengths, budget, window=512)
     assert sum(lengths) / (len(rows) * budget) >= 0.97
+
+
+@settings(deadline=None)
+@given(lengths=st.lists(st.integers(0, 120), max_size=60), budget=st.integers(1, 150))
+def test_even_rows_are_as_many_and_no_longer(lengths: list[int], budget: int) -> None:
+    plain, even = pack(lengths, budget), pack_evenly(lengths, budget)
+    assert sorted(i for row in even for i in row) == list(range(len(lengths)))
+    assert len(even) <= len(plain)
+    longest = [max((sum(lengths[i] for i in row) for row in rows), default=0) for rows in (plain, even)]
+    assert longest[1] <= longest[0] <= max(budget, max(lengths, default=0))
+
+
+def test_a_ragged_last_row_is_spread_over_all() -> None:
+    """A process's 32 records of the published step: some four rows and a bit."""
+    random = np.random.default_rng(0)
+    full = []
+    for _ in range(100):
+        lengths = np.minimum(random.lognormal(6.1, 0.4, 32), 4000).astype(int).tolist()
+        loads = [sum(lengths[i] for i in row) for row in pack_evenly(lengths, 4096)]
+        assert max(loads) <= 4096
+        full.append(sum(lengths) / (len(loads) * max(loads)))
+    assert sum(full) / len(full) >= 0.97
 
 
 @pytest.mark.parametrize(("budget", "window"), [(0, None), (8, 0)])

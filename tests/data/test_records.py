@@ -105,7 +105,7 @@ FAULTS: list[tuple[Any, str, str]] = [
     (good(conversations=talk(("system", "x"))), "record r7", "does not end with a gpt turn"),
     (good(conversations=talk(("gpt", "a"))), "record r7", "assistant turn where a user turn"),
     (good(conversations=talk(("human", "a"), ("human", "b"), ("gpt", "c"))), "record r7", "alternate"),
-    (good(conversations=talk(("human", "a"), ("system", "b"), ("gpt", "c"))), "record r7", "alternate"),
+    (good(conversations=talk(("human", "a"), ("system", "b"), ("gpt", "c"))), "record r7", "not its first"),
     (
         good(conversations=talk(("human", "<image><image>"), ("gpt", "c"))),
         "record r7",
@@ -121,6 +121,8 @@ FAULTS: list[tuple[Any, str, str]] = [
     (good(image=7), "record r7", "neither a path nor a list"),
     (good(image=["a", None]), "record r7", "neither a path nor a list"),
     (good(image=""), "record r7", "neither a path nor a list"),
+    (good(image="http://host/a.jpg"), "record r7", "download it"),
+    (good(video="a.mp4"), "record r7", "torchvision and a video decoder.*data.skip=.video."),
 ]
 
 

@@ -293,5 +293,5 @@ def test_a_mark_without_its_picture_is_a_fault_never_an_image(picture: Path, tex
              "conversations": [{"from": "human", "value": text}, {"from": "gpt", "value": text}]}  # fmt: skip
     parsed = parse_entry(entry, picture.parent)
     right = text.count("<image>") == images
-    assert [fault.kind for fault in parsed.faults] == ([] if right else ["image_count"])
+    assert any(fault.kind == "image_count" for fault in parsed.faults) != right
     assert (parsed.record is not None) == right

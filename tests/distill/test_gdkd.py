@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from grace.distill.gdkd import confidence_gate, dkd_per_token, gated_dkd, kl_per_token
+from grace.distill.gate import GateShape
+from grace.distill.gdkd import confidence_gate, dkd_per_token, gated_dkd, kl_per_token, teacher_gates
 
 INF = torch.inf
 
@@ -275,6 +276,31 @@ def test_gate(vocabulary: int, scale: float, dtype: torch.dtype, seed: int) -> N
     assert gate_T.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     torch.testing.assert_close(gate_T.double(), oracle_gate(teacher_TV), rtol=2e-6, atol=0)
     assert ((gate_T >= math.exp(-1) * (1 - 1e-6)) & (gate_T <= 1)).all()
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    vocabulary=st.integers(2, 60),
+    scale=st.sampled_from([0.0, 0.5, 5.0, 80.0]),
+    sharpness=st.sampled_from([0.0, 0.5, 1.0, 8.0]),
+    top_k=st.sampled_from([None, 2, 5, 60]),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+    seed=st.integers(0, 99),
+)
+def test_other_shapes_of_the_gate(
+    vocabulary: int, scale: float, sharpness: float, top_k: int | None, dtype: torch.dtype, seed: int
+) -> None:
+    """Against plain sums over the sorted logits, here and in the pre-pass of the fused loss."""
+    teacher_TV = logits(3, vocabulary, scale, seed, dtype)
+    shape = GateShape(sharpness, top_k)
+    kept = sorted(range(vocabulary), key=lambda v: -teacher_TV[0, v].item())[: top_k or vocabulary]
+    oracle = oracle_gate(teacher_TV[:1, kept]) ** sharpness
+    plain_T = confidence_gate(teacher_TV, shape)
+    torch.testing.assert_close(plain_T[:1].double(), oracle, rtol=2e-5, atol=0)
+    head_VV = torch.eye(vocabulary, dtype=dtype)
+    fused_T = teacher_gates(teacher_TV, head_VV, shape=shape, chunk=2)
+    assert fused_T.dtype == plain_T.dtype
+    torch.testing.assert_close(fused_T, plain_T, rtol=2e-5, atol=0)
 
 
 def test_gate_at_its_ends() -> None:

@@ -75,6 +75,9 @@ class Step:
         kd = {
             "none": 0.0,
             "kl": kl_per_token(student_TV, teacher_TV).mean(),
+            "gkl": (oracle_T := confidence_gate(teacher_TV))
+            @ kl_per_token(student_TV, teacher_TV)
+            / oracle_T.sum(),
             "gdkd": gated_dkd(student_TV, teacher_TV, self.targets_T),
         }[kind]
         good = [0, 2]
@@ -86,7 +89,7 @@ def gradients(total: Tensor, leaves: list[Tensor]) -> list[Tensor]:
     return list(torch.autograd.grad(total, leaves, retain_graph=True, materialize_grads=True))
 
 
-@pytest.mark.parametrize("kind", ["none", "kl", "gdkd"])
+@pytest.mark.parametrize("kind", ["none", "kl", "gkl", "gdkd"])
 def test_whole_step_is_the_equation(kind: str) -> None:
     step = Step()
     total, parts = step.loss(kind)
@@ -95,7 +98,7 @@ def test_whole_step_is_the_equation(kind: str) -> None:
     for got, want in zip(gradients(total, step.leaves()), gradients(expected, step.leaves()), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
     assert (parts.images.item(), parts.degenerate.item()) == (3, 1)
-    kd_norm = {"none": 1.0, "kl": 8.0, "gdkd": step.gate_T.sum().item()}[kind]
+    kd_norm = {"none": 1.0, "kl": 8.0}.get(kind, step.gate_T.sum().item())
     again = parts.ce_sum / 8 + BETA * parts.kd_sum / kd_norm + OMEGA * parts.rcka_sum / 2
     assert again.item() == pytest.approx(total.item(), rel=1e-6)
     assert not any(part.requires_grad for part in vars(parts).values())
@@ -115,7 +118,7 @@ CUTS = {
 
 
 @pytest.mark.parametrize("cut", CUTS)
-@pytest.mark.parametrize("kind", ["none", "kl", "gdkd"])
+@pytest.mark.parametrize("kind", ["none", "kl", "gkl", "gdkd"])
 def test_micro_batches_add_up_to_the_step(kind: str, cut: str) -> None:
     step = Step()
     whole, parts = step.loss(kind)
@@ -188,11 +191,12 @@ TEACHER = {"teacher_hidden_TE": torch.zeros(2, 5), "teacher_head_VE": torch.zero
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"kind": "dkd"}, 'kind must be "none", "kl" or "gdkd"'),
+        ({"kind": "dkd"}, 'kind must be "none", "kl", "gkl" or "gdkd"'),
         ({"token_count": 0.0}, "token_count must be positive"),
         ({"token_count": math.nan}, "token_count must be positive"),
         ({"kind": "gdkd"}, "needs teacher_hidden_TE"),
         ({"kind": "kl"}, "needs teacher_hidden_TE"),
+        ({"kind": "gkl", **TEACHER}, "needs gate_T"),
         ({"kind": "gdkd", **TEACHER}, "gate_sum must be positive, got None"),
         (
             {

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grace.export.gguf_blocks import pack_blocks, unpack_blocks
+from grace.export.gguf_blocks import pack_blocks, unpack_codes, unpack_scales
 from grace.quant.grid import dequantize
 
 KINDS = {4: gguf.GGMLQuantizationType.Q4_0, 8: gguf.GGMLQuantizationType.Q8_0}
@@ -51,8 +51,8 @@ def test_bytes_by_a_scalar_loop(bits: int):
 def test_exact_both_ways_and_for_the_gguf_package(outputs, groups, group_size, bits, seed):
     codes, scales = random_linear(outputs, groups, group_size, bits, seed)
     packed = pack_blocks(codes, scales, bits)
-    again = unpack_blocks(packed, bits, group_size)
-    assert torch.equal(again[0], codes) and torch.equal(again[1], scales)
+    assert torch.equal(unpack_codes(packed, bits), codes)
+    assert torch.equal(unpack_scales(packed, bits, group_size).float(), scales.float())
     wide = gguf.quants.dequantize(packed.numpy(), KINDS[bits])
     assert np.array_equal(wide, dequantize(codes, scales, group_size).numpy())
 
@@ -89,8 +89,8 @@ def test_foreign_blocks_are_refused():
     codes, scales = random_linear(4, 2, 128, 4)
     packed = pack_blocks(codes, scales, 4)
     with pytest.raises(ValueError, match="not rows"):
-        unpack_blocks(packed[:, 1:], 4, 128)
+        unpack_codes(packed[:, 1:], 4)
     other = packed.clone()
     other[0, 1] ^= 1  # the scale of one block of the first group
     with pytest.raises(ValueError, match="scales of a group's blocks differ"):
-        unpack_blocks(other, 4, 128)
+        unpack_scales(other, 4, 128)

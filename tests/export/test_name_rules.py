@@ -5,10 +5,10 @@ import torch
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from grace.errors import UserError
-from grace.export import awq, compressed_tensors, name_rules
+from grace.export import compressed_tensors, name_rules
 from grace.export.source import Source, open_source
 from grace.models import qwen3vl
-from grace.models.foreign_names import mlx_name, sglang_module, vllm_module
+from grace.models.foreign_names import AWQ_NOT_CONVERTED, mlx_name, sglang_module, vllm_module
 
 DECODER = [f"model.language_model.layers.0.self_attn.{part}_proj" for part in "qkvo"]
 TOWER = [
@@ -63,7 +63,7 @@ def engines_that_misread(listed: list[str], rules: dict) -> set[str]:
 
 
 def test_the_published_lists_are_read_right_by_all():
-    assert not engines_that_misread(awq.NOT_CONVERTED, name_rules.AWQ_RULES)
+    assert not engines_that_misread(AWQ_NOT_CONVERTED, name_rules.AWQ_RULES)
     assert not engines_that_misread(compressed_tensors.IGNORED, name_rules.COMPRESSED_TENSORS_RULES)
 
 
@@ -85,7 +85,7 @@ def test_lists_that_fail_are_noticed(listed: list[str], rules: dict, engines: se
 
 def test_an_export_that_an_engine_would_misread_is_refused(qat_run):
     source = open_source(qat_run)
-    name_rules.require_awq_names(source, awq.NOT_CONVERTED)
+    name_rules.require_awq_names(source, AWQ_NOT_CONVERTED)
     with pytest.raises(UserError, match="vLLM would take model.visual.* for quantized"):
         name_rules.require_awq_names(source, ["model.visual", "lm_head"])
     with pytest.raises(UserError, match="transformers would take lm_head for quantized"):
@@ -98,7 +98,7 @@ def test_a_decoder_linear_left_dense_is_refused(qat_run):
     state = type(whole.qat)(whole.qat.bits, whole.qat.group_size, modules, whole.qat.info)
     part = Source(whole.directory, state, whole.config, whole.weights)
     with pytest.raises(UserError, match="for quantized, but it is dense"):
-        name_rules.require_awq_names(part, awq.NOT_CONVERTED)
+        name_rules.require_awq_names(part, AWQ_NOT_CONVERTED)
 
 
 def test_every_linear_of_the_model_is_judged(qat_run):
@@ -107,7 +107,7 @@ def test_every_linear_of_the_model_is_judged(qat_run):
     quantized = list(open_source(qat_run).qat.modules)
     assert set(quantized) < set(linears)
     for rules, listed in (
-        (name_rules.AWQ_RULES, awq.NOT_CONVERTED),
+        (name_rules.AWQ_RULES, AWQ_NOT_CONVERTED),
         (name_rules.COMPRESSED_TENSORS_RULES, compressed_tensors.IGNORED),
     ):
         assert name_rules.misread(linears, quantized, listed, rules) == []

@@ -19,11 +19,11 @@ from grace.errors import UserError
 from grace.export import awq, parity
 from grace.export.pack import export_run, run_export
 from grace.export.reference import Reference
-from grace.export.source import open_source
+from grace.export.source import open_source, read_back
 
 FILES = {
     "model.safetensors", "config.json", "generation_config.json", "processor_config.json", "tokenizer.json",
-    "tokenizer_config.json", "chat_template.jinja", "awq_quantized_modules.json", "README.md",
+    "tokenizer_config.json", "chat_template.jinja", "awq_quantized_modules.json", "README.md", "grace_export.json",
 }  # fmt: skip
 
 
@@ -36,7 +36,9 @@ def exported(qat_run: Path, tmp_path_factory: pytest.TempPathFactory):
 def test_the_directory_is_the_documented_one(exported, qat_run: Path):
     out, report = exported
     assert {path.name for path in out.iterdir()} == FILES
-    for name in FILES - {"model.safetensors", "config.json", "awq_quantized_modules.json", "README.md"}:
+    for name in FILES - {
+        *("model.safetensors", "config.json", "awq_quantized_modules.json", "README.md", "grace_export.json")
+    }:
         assert (out / name).read_bytes() == (qat_run / "model" / name).read_bytes()
     config = json.loads((out / "config.json").read_text())
     assert config["quantization_config"] == {
@@ -126,7 +128,7 @@ def test_the_gate_stops_a_wrong_export(
     source = open_source(qat_run)
     reference = Reference(source, load_records(tiny_world_dir / "validation.json")[:4])
     with pytest.raises(RuntimeError, match="nothing was published"):
-        parity.check_loaded(reference, awq.read(source, tmp_path / "awq"), tmp_path / "awq")
+        parity.check_loaded(reference, read_back(tmp_path / "awq", "awq"), tmp_path / "awq")
 
 
 def test_a_failed_gate_publishes_nothing(qat_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -202,7 +204,7 @@ def test_a_kill_in_mid_write_leaves_no_directory(qat_run: Path, tmp_path: Path, 
     assert killed.returncode == -9 and not out.exists()
     assert all(path.name.startswith(".out.tmp-") for path in tmp_path.iterdir())
     export_run(qat_run, out)
-    assert (out / "README.md").is_file()
+    assert (out / "README.md").is_file() and [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_unknown_format(qat_run: Path, tmp_path: Path):
@@ -229,15 +231,10 @@ def test_missing_parity_data_names_the_option(qat_run: Path, tmp_path: Path, tin
 def test_command_prints_one_json_object(qat_run: Path, tmp_path: Path, tiny_world_dir: Path, capsys):
     args = argparse.Namespace(
         run=str(qat_run), out=str(tmp_path / "out"), format=["awq"], json=True,
-        parity_data=str(tiny_world_dir / "test.json"), max_shard_size=None,
+        parity_data=str(tiny_world_dir / "test.json"), max_shard_size=None, base_model=None, results=None,
     )  # fmt: skip
     assert run_export(args) == 0
     printed = capsys.readouterr()
     report = json.loads(printed.out)
     assert report["formats"]["awq"]["path"] == str(tmp_path / "out")
     assert "parity awq" in printed.err and "tolerance" in printed.err
-
-
-def test_export_of_an_export_is_refused_by_name(awq_dir: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is an export already"):
-        export_run(awq_dir, tmp_path / "again")

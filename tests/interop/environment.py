@@ -8,6 +8,8 @@ import argparse
 import dataclasses
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 import venv
@@ -62,6 +64,27 @@ def run_inside(python: Path, script: str, *arguments: str | Path) -> dict[str, A
     if result.returncode:
         sys.exit(f"{script} failed under {python}:\n{result.stderr[-4000:]}")
     return json.loads(result.stdout.splitlines()[-1])
+
+
+def card_blocks(directory: Path, language: str = "") -> list[str]:
+    """The code of a model card in one language; without one, its commands line by line."""
+    text = (directory / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+    return blocks if language else [line for block in blocks for line in block.splitlines()]
+
+
+def run_card(python: Path, code: str, directory: Path, picture: str | None = None) -> str:
+    """Runs a piece of a model card with nothing changed but its placeholders; returns what it prints.
+
+    `python -m ...` is a command, everything else a Python program.
+    """
+    code = code.replace("DIR", str(directory)).replace("picture.png", str(picture))
+    command = shlex.split(code)[1:] if code.startswith("python ") else ["-c", code]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    result = subprocess.run([str(python), *command], env=environment, capture_output=True, text=True)
+    if result.returncode or not result.stdout.strip():
+        sys.exit(f"the model card's code failed under {python}:\n{code}\n{result.stderr[-4000:]}")
+    return result.stdout
 
 
 def trained_answers(run: Path, records: int, folder: Path) -> tuple[Any, list[dict[str, Any]]]:

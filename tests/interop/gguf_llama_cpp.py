@@ -2,7 +2,8 @@
 
 Exports RUN to GGUF and asks llama.cpp (llama-cpp-python, built from source on the first call: minutes, a C++
 compiler) the questions of its validation data, with pictures through libmtmd and without. Compared with
-the trained model in fp32: prompt tokens, greedy tokens, logits at every step.
+the trained model in fp32: prompt tokens, greedy tokens, logits at every step. The model card's Python is
+run as it stands there.
 
 Two files are asked. `deployed` is the export; llama.cpp rounds activations to 8 bits before a Q4_0 or Q8_0
 product, to bfloat16 before a bfloat16 one, so that its logits differ by that noise. `widened` is the same
@@ -29,7 +30,15 @@ MAX_TOKENS = 16
 
 
 def main() -> int:
-    from environment import arguments, python_of, report, run_inside, trained_answers
+    from environment import (
+        arguments,
+        card_blocks,
+        python_of,
+        report,
+        run_card,
+        run_inside,
+        trained_answers,
+    )
 
     from grace.export.pack import export_run
 
@@ -39,6 +48,9 @@ def main() -> int:
         source, ours = trained_answers(args.run, args.records, Path(name))
         export = Path(name) / "deployed"
         export_run(args.run, export, ("gguf",))
+        (card,) = card_blocks(export, "python")
+        said = run_card(python, card, export)
+        print(f"the card's Python says: {said.strip()}")
         widened = Path(name) / "widened"
         widened.mkdir()
         for path in export.glob("*.gguf"):

@@ -2,7 +2,8 @@
 
 Exports RUN to MLX and reads it with MLX on this machine's CPU (Linux wheels exist), without GRACE:
 `mx.dequantize` of every linear against scale * code, bit for bit in float32; and mlx-vlm's own Qwen3-VL,
-loaded from the directory as anyone would, against the trained model's greedy tokens and logits.
+loaded from the directory as anyone would, against the trained model's greedy tokens and logits. The
+command of the model card is run as it stands there.
 
 It is asked as it comes, in bfloat16, whose rounding is in the figures, and once more with every float
 widened to float32. Prints a table and, last, one line of JSON; exits with 1 where a bound is missed.
@@ -20,7 +21,16 @@ MAX_TOKENS = 16
 
 
 def main() -> int:
-    from environment import arguments, python_of, report, run_inside, trained_answers, write_expected
+    from environment import (
+        arguments,
+        card_blocks,
+        python_of,
+        report,
+        run_card,
+        run_inside,
+        trained_answers,
+        write_expected,
+    )
 
     from grace.export.pack import export_run
 
@@ -32,7 +42,11 @@ def main() -> int:
         export_run(args.run, folder / "mlx", ("mlx",))
         write_expected(folder, source, ours)
         answer = run_inside(python, __file__, folder / "mlx", folder)
+        picture = next(answer["image"] for answer in ours if answer["image"])
+        (card,) = (line for line in card_blocks(folder / "mlx") if "mlx_vlm.generate" in line)
+        said = run_card(python, card, folder / "mlx", picture)
     result: dict[str, Any] = {"reader": "mlx-vlm 0.7.10", "bits": source.qat.bits, **answer["exact"]}
+    print(f"the card's command says: {said.splitlines()[-1]}")
     print(f"dequantized exactly: {result['exact']} of {result['modules']} modules")
     for dtype in LIMITS:
         print(dtype)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from grace.errors import UserError
-from grace.report.read import read_lines, read_run, read_runs, short_names
+from grace.report.read import number, read_lines, read_run, read_runs, short_names
 
 
 def write_run(folder: Path, steps: int = 3, **values: object) -> Path:
@@ -59,6 +59,23 @@ def test_garbage_between_the_lines(tmp_path):
     log.write_bytes(good + b"\n" + b"".join(bad) + good)
     lines, unreadable = read_lines(log)
     assert len(lines) == 2 and unreadable == len(bad)
+
+
+def test_numbers_that_no_plot_takes(tmp_path):
+    huge = 10**400
+    (tmp_path / "metrics.jsonl").write_text(
+        f'{{"step": 1, "loss/total": {huge}, "a": NaN, "b": true, "c": 2}}\n'
+    )
+    (run,) = read_runs([tmp_path])
+    assert [number(run.steps[0][name]) for name in ("loss/total", "a", "b", "c")] == [None, None, None, 2.0]
+
+
+def test_audit_of_several_files(tmp_path):
+    (tmp_path / "recipe.yaml").write_text(
+        f"data: {{path: {{{tmp_path}/a.json: 1, {tmp_path}/b.json: 0.1}}}}\n"
+    )
+    (tmp_path / "a+1.audit.summary.json").write_text('{"records": 7}')
+    assert read_run(tmp_path).audit == {"records": 7}
 
 
 def test_last_of_two_lines_of_a_step_counts(tmp_path):

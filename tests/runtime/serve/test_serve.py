@@ -15,7 +15,6 @@ from typing import Any
 import httpx
 import openai
 import pytest
-import yaml
 from live_server import Serving, assert_refused, chat, data_url, picture, question, with_picture
 from PIL import Image
 
@@ -296,16 +295,3 @@ def test_an_installed_engine_is_started(monkeypatch, capsys):
     )
     other_engines.start(arguments("--engine", "sglang"), "secret")
     assert "secret" in started["call"][1] and "secret" not in capsys.readouterr().err
-
-
-def test_the_compose_file_runs_the_same_commands():
-    compose = yaml.safe_load((Path(__file__).parents[3] / "export" / "compose.yaml").read_text())
-    options = ["--host", "0.0.0.0", "--served-model-name", "grace", "--context", "4096"]
-    for engine, key in (("vllm", None), ("sglang", "${GRACE_API_KEY:?set GRACE_API_KEY}")):
-        service = compose["services"][engine]
-        args = cli.build_parser().parse_args(["serve", "/model", "--engine", engine, *options])
-        assert service["entrypoint"] + service["command"] == [
-            "python3",
-            *other_engines.command(args, key)[1:],
-        ]
-        assert service["ports"] == ["127.0.0.1:8000:8000"] and service["volumes"][0].endswith(":/model:ro")

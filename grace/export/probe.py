@@ -1,0 +1,60 @@
+"""Samples for a parity gate where no data is known: noise in several sizes, and what one might ask of it."""
+
+import random
+from pathlib import Path
+
+from PIL import Image
+
+from grace.data.records import IMAGE_MARK, Record, Turn
+
+RECORDS = 8
+_SIZES = ((96, 96), (64, 128), (160, 96), (32, 32))
+_WORDS = [
+    "the",
+    "picture",
+    "shows",
+    "red",
+    "green",
+    "blue",
+    "left",
+    "right",
+    "top",
+    "bottom",
+    "digit",
+    "1",
+    "2",
+    "3",
+    "4",
+    "5",
+    "and",
+    "of",
+    "a",
+    "in",
+    "is",
+    "no",
+    "yes",
+]
+
+
+def probe_records(folder: Path, seed: int = 0) -> list[Record]:
+    """The same records on every call, every second one with a picture, which is written to `folder`."""
+    chance = random.Random(seed)
+    records = []
+    for index in range(RECORDS):
+        images: tuple[Path, ...] = ()
+        mark = ""
+        if index % 2 == 0:
+            size = _SIZES[index // 2 % len(_SIZES)]
+            path = folder / f"probe-{index}.png"
+            Image.frombytes("RGB", size, chance.randbytes(3 * size[0] * size[1])).save(path)
+            images, mark = (path,), f"{IMAGE_MARK}\n"
+        turns = (
+            Turn("user", f"{mark}{_sentence(chance, 8)}?"),
+            Turn("assistant", f"{_sentence(chance, 12)}."),
+        )
+        records.append(Record(f"probe-{index}", images, turns))
+    return records
+
+
+def _sentence(chance: random.Random, words: int) -> str:
+    return " ".join(chance.choice(_WORDS) for _ in range(words))
