@@ -127,15 +127,15 @@ class Decoder:
         deep_ND, visual_T = self._put_pictures(x_TD, samples)
         positions_3T = torch.cat(positions, -1).to(self.device)
         cos_TS, sin_TS = (part_T1S[:, 0] for part_T1S in self._rotation(positions_3T))
-        rows_T = torch.tensor(rows).repeat_interleave(torch.tensor(sizes)).to(self.device)
-        places_T = torch.cat([torch.arange(size) for size in sizes]).to(self.device)
         attend = prompt_attention(self.keys_LRKCS, self.values_LRKCS, rows, sizes)
+        sizes_R = torch.tensor(sizes, device=self.device)
+        rows_T = torch.tensor(list(rows), device=self.device).repeat_interleave(sizes_R)
+        places_T = torch.cat([torch.arange(size, device=self.device) for size in sizes])
         x_TD = self._layers(x_TD, cos_TS, sin_TS, rows_T, places_T, attend, deep_ND, visual_T)
-        for row, size, own_3P in zip(rows, sizes, positions, strict=True):
+        for row, size, positions_3P in zip(rows, sizes, positions, strict=True):
             self._lengths[row] = size
-            self._offsets[row] = int(own_3P.max()) + 1 - size
-        lasts_R = torch.tensor(sizes, device=self.device).cumsum(0) - 1
-        return self._logits(x_TD[lasts_R])
+            self._offsets[row] = int(positions_3P.max()) + 1 - size
+        return self._logits(x_TD[sizes_R.cumsum(0) - 1])
 
     @torch.inference_mode()
     def decode(self, rows: Sequence[int], tokens: Sequence[int]) -> Tensor:

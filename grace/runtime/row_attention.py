@@ -1,6 +1,6 @@
 """Attention over the rows of a cache: prompts that are read into it, and a decoding step's new tokens.
 
-Shape suffixes: L layers, T tokens of several prompts one after the other, P of one of them, R rows decoded together,
+Shape suffixes: L layers, T tokens of several prompts one after the other, P tokens of one prompt, R rows decoded together,
 B rows of the cache from the first of them to the last, H query heads, K key/value heads, G query heads per key/value
 head, C places of the cache, S head size.
 """
@@ -20,7 +20,7 @@ _WASTE = 2.0  # places computed for each that is needed, up to which one call fo
 def prompt_attention(
     keys_LRKCS: Tensor, values_LRKCS: Tensor, rows: Sequence[int], sizes: Sequence[int]
 ) -> Attend:
-    """Attention of prompts, one after the other, each within its own row.
+    """Attention of prompts, one after the other, each within itself, whose keys and values are in their rows already.
 
     Args:
         sizes: tokens of each prompt.
@@ -28,15 +28,15 @@ def prompt_attention(
 
     def attend(layer: int, q_THS: Tensor) -> Tensor:
         found = []
-        for row, q_PHS in zip(rows, q_THS.split(list(sizes)), strict=True):
-            groups = q_PHS.shape[1] // keys_LRKCS.shape[2]
+        for row, size, q_PHS in zip(rows, sizes, q_THS.split(list(sizes)), strict=True):
+            q_HPS = q_PHS.transpose(0, 1)
+            groups = q_HPS.shape[0] // keys_LRKCS.shape[2]
             k_HPS, v_HPS = (
-                cache[layer, row, :, : len(q_PHS)].repeat_interleave(groups, 0)
+                cache[layer, row, :, :size].repeat_interleave(groups, 0)
                 for cache in (keys_LRKCS, values_LRKCS)
             )
-            q_HPS = q_PHS.transpose(0, 1)
             y_HPS = F.scaled_dot_product_attention(q_HPS[None], k_HPS[None], v_HPS[None], is_causal=True)[0]
-            found.append(y_HPS.transpose(0, 1).reshape(len(q_PHS), -1))
+            found.append(y_HPS.transpose(0, 1).reshape(size, -1))
         return found[0] if len(found) == 1 else torch.cat(found)
 
     return attend
