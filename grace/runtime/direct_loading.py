@@ -43,11 +43,11 @@ def load_packed(directory: Path, dtype: torch.dtype | None) -> Any:
         model = _empty(config, files)
         if not isinstance(dtype, torch.dtype) or not _filled(model, _tensors(files), dtype):
             return None
-    except (UserError, OSError, SafetensorError, ValueError, KeyError, AttributeError):
+        if (directory / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(directory)
+    except (UserError, OSError, SafetensorError, ValueError, KeyError, AttributeError, TypeError):
         return None
     model.tie_weights()
-    if (directory / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(directory)
     model.config.name_or_path = str(directory)
     return model.requires_grad_(False).eval()
 
