@@ -147,7 +147,7 @@ def test_plan_and_parity_gate_take_the_same_records(mixed: Any, tmp_path: Path, 
     planned = plan(recipe)
     assert planned["data"]["records"] == 7 and planned["schedule"]["steps"] == 4
     source: Any = SimpleNamespace(recipe=asdict(recipe), directory=tmp_path)
-    kept = [record.id for record in parity_records(source, None, None)]
+    kept = [record.id for record in parity_records(source, None, None, tmp_path)]
     assert kept == ["r0", "r1", "r3", "r5", "r6", "r8", "r9"][: len(kept)] and len(kept) > 2
 
 

@@ -181,7 +181,7 @@ def test_training_on_a_mixture(mixed: Any, tmp_path: Path, capsys: Any) -> None:
 def test_the_parity_gate_takes_the_first_file(mixed: Any, tmp_path: Path) -> None:
     recipe = json.loads(json.dumps(asdict(load_recipe(RECIPE, mixed()[1:]))))
     source: Any = SimpleNamespace(recipe=recipe, directory=tmp_path)
-    assert {record.id[0] for record in parity_records(source, None, None)} == {"t"}
+    assert {record.id[0] for record in parity_records(source, None, None, tmp_path)} == {"t"}
 
 
 def test_a_file_of_which_nothing_is_left(mixed: Any, tmp_path: Path, capsys: Any) -> None:

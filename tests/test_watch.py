@@ -159,7 +159,7 @@ def test_every_name_is_documented():
     cells = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
     named = [name for cell in cells for name in re.findall("`([^`]+)`", cell)]
     rest = {"rcka/omega", "grad_norm/scales", "quant/snr/LAYER", "perf/device_memory_gib"}
-    validated = {"val/ce", "val/exact_match", "val/exact_match_se", "val/turns"}
+    validated = {"val/ce", "val/exact_match", "val/exact_match_se", "val/turns", "eval/TASK"}
     assert sorted(named) == sorted(ALWAYS | DISTILLED | QUANTIZED | rest | validated)
 
 

@@ -41,16 +41,22 @@ def pack_evenly(lengths: Sequence[int], budget: int) -> list[list[int]]:
 
     A step's records rarely fill whole rows: the remainder, which `pack` leaves to the last row, is spread over all. So
     the longest row, which decides over memory, is the shortest there can be, and the micro-batches take as long as each
-    other, which matters where processes wait for each other after each.
+    other, which matters where processes wait for each other after each. A sample that exceeds the budget keeps its row of
+    its own and makes no other row longer.
     """
     rows = pack(lengths, budget)
-    if len(rows) < 2:
+    fitting = [length for length in lengths if length <= budget]
+    if len(rows) < 2 or not fitting:
         return rows
-    low, high = max(-(-sum(lengths) // len(rows)), 1), max(sum(lengths[i] for i in row) for row in rows)
+
+    def longest(rows: Sequence[Sequence[int]]) -> int:
+        return max(total for row in rows if (total := sum(lengths[i] for i in row)) <= budget)
+
+    low, high = max(-(-sum(fitting) // len(rows)), 1), longest(rows)
     while low < high:  # the smallest budget that search finds to need no more rows
         middle = (low + high) // 2
         tried = pack(lengths, middle)
-        if len(tried) <= len(rows) and max(sum(lengths[i] for i in row) for row in tried) <= high:
+        if len(tried) <= len(rows) and longest(tried) <= high:
             rows, high = tried, middle
         else:
             low = middle + 1

@@ -130,7 +130,6 @@ def _figures(sides: Sequence[Side], plan: dict[str, Any], device: str) -> dict[s
 
     load = pairs(_LOADS, "load", True)
     cached = pairs(1, "load", False)
-    copy = sides[0]("copy_bandwidth")
     prefill = []
     for tokens in plan["prefill"]:
         pairs(1, "prefill", tokens)  # warms up
@@ -142,6 +141,7 @@ def _figures(sides: Sequence[Side], plan: dict[str, Any], device: str) -> dict[s
             found = _compared(pairs(plan["repeats"], "decode", batch, context, plan["new_tokens"]), batch)
             decode.append({"batch": batch, "context": context, **found})
     about = [side("about") for side in sides]
+    copy = sides[0]("copy_bandwidth")  # last, since its buffers would count as the model's memory
     for row in decode:
         for name, one in zip(("int4", "bf16"), about, strict=True):
             speed = one["step_bytes"] / row[f"{name}_s"]

@@ -17,7 +17,7 @@ from grace.runtime.int4_linear import Int4Linear
 
 HEADS = ("bf16", "int8", "int4")
 GROUP_SIZE = 128
-_ROWS = 8192  # rounded at a time
+_ROWS = 8192  # rounded at a time: few calls, since each waits for all threads
 
 
 class Head:

@@ -65,8 +65,8 @@ class TorchMath:
         qk_TXS = F.rms_norm(qkv_THS[:, :heads], (size,), None, self.epsilon) * weight_XS
         qk_TXS = torch.addcmul(qk_TXS * cos_TS[:, None], qk_TXS.roll(size // 2, -1), sin_TS[:, None])
         queries = heads - keys_RKCS.shape[1]
-        keys_RKCS[rows_T, :, places_T] = qk_TXS[:, queries:]
-        values_RKCS[rows_T, :, places_T] = qkv_THS[:, heads:]
+        keys_RKCS[rows_T, :, places_T] = qk_TXS[:, queries:].to(keys_RKCS.dtype)
+        values_RKCS[rows_T, :, places_T] = qkv_THS[:, heads:].to(values_RKCS.dtype)  # autocast's are bf16
         return qk_TXS[:, :queries]
 
     def gate(self, both_TJ: Tensor) -> Tensor:

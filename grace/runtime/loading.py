@@ -12,6 +12,7 @@ from grace.checkpoint import is_qat
 from grace.errors import UserError
 from grace.models.config_check import require_possible
 from grace.models.stored import config_for, require_loadable
+from grace.runtime.direct_loading import load_packed
 from grace.runtime.hf_quantizer import MODULES_FILE, register
 
 register()
@@ -75,6 +76,8 @@ def load_model(directory: Path, dtype: torch.dtype | None = None) -> Any:
     config = config_for(str(directory))
     if is_packed(config.to_dict(), directory):
         config.quantization_config = packed_block(config.to_dict(), directory)
+    elif checkpoint_kind(directory) == "awq" and (direct := load_packed(directory, dtype)) is not None:
+        return direct
     try:
         loaded = AutoModelForImageTextToText.from_pretrained(
             directory,

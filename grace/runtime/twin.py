@@ -15,8 +15,10 @@ from torch import Tensor
 
 from grace.files import write_text
 from grace.kernels.awq_layout import unpack_transposed
+from grace.runtime.hf_quantizer import MODULES_FILE
 
 _PARTS = ("qweight", "qzeros", "scales")
+_OF_THE_PACKED = ("config.json", MODULES_FILE, "grace_export.json")  # what they say is not true of the twin
 
 
 def dense_bytes(directory: Path) -> int:
@@ -35,7 +37,7 @@ def write_twin(directory: Path, out: Path) -> None:
     """Writes the twin: weights as bfloat16, and the directory's other files."""
     out.mkdir(parents=True)
     for file in directory.iterdir():
-        if file.is_file() and file.suffix not in (".safetensors", ".md") and file.name != "config.json":
+        if file.is_file() and file.suffix not in (".safetensors", ".md") and file.name not in _OF_THE_PACKED:
             shutil.copy(file, out)
     for file in sorted(directory.glob("*.safetensors")):
         save_file(dict(_dense(file)), out / file.name, metadata={"format": "pt"})
