@@ -77,6 +77,7 @@ def load_model(directory: Path, dtype: torch.dtype | None = None) -> Any:
     if is_packed(config.to_dict(), directory):
         config.quantization_config = packed_block(config.to_dict(), directory)
     elif checkpoint_kind(directory) == "awq" and (direct := load_packed(directory, dtype)) is not None:
+        _require_ends(direct, directory)
         return direct
     try:
         loaded = AutoModelForImageTextToText.from_pretrained(
