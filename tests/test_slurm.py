@@ -81,6 +81,11 @@ def test_a_job_whose_time_is_over_is_saved_and_queued_again(tmp_path: Path, numb
     slurm = {"SLURM_JOB_ID": "123456", "SLURM_JOB_NODELIST": "nodes[1-1]", "SLURM_NNODES": "1"}
     ready = tmp_path / "ready"
     environment = {**os.environ, **slurm, "PATH": f"{tmp_path}:{os.environ['PATH']}", "READY": str(ready)}
+    other = subprocess.Popen(
+        [tmp_path / "accelerate"],
+        env=environment | {"SLURM_JOB_ID": "123457", "READY": "/dev/null"},
+        start_new_session=True,
+    )
     process = subprocess.Popen(
         ["bash", str(SCRIPT), "recipe.yaml"], env=environment, stderr=subprocess.PIPE, text=True
     )
@@ -90,6 +95,9 @@ def test_a_job_whose_time_is_over_is_saved_and_queued_again(tmp_path: Path, numb
     process.send_signal(number)
     _, told = process.communicate(timeout=30)
     assert process.returncode == 1, told
+    assert other.poll() is None  # a job of its own on the same node
+    os.killpg(other.pid, signal.SIGKILL)
+    other.wait()
     assert (tmp_path / "scontrol.log").read_text().splitlines()[-1] == "requeue 123456"
 
 
