@@ -11,7 +11,7 @@ STAMP := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # What runs here needs no network: models and data are made on the spot.
 offline := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
-pytest := $(offline) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+pytest := $(offline) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart 0
 
 .PHONY: help setup demo study test test-fast lint clean
 help:

@@ -1,6 +1,7 @@
 """Shared fixtures: tiny random models and a very small world, written once per test run."""
 
 import os
+import resource
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,11 @@ from hypothesis import settings
 # Without a GPU, kernels run under Triton's interpreter; it is chosen when triton is first imported.
 if not Path("/dev/nvidiactl").exists():
     os.environ["TRITON_INTERPRET"] = "1"
+
+# A test that takes all memory fails by name, instead of taking its process or another with it. What is counted is
+# what a process may write to, so that browsers and drivers may reserve as many addresses as they like.
+_WRITABLE = 12 * 2**30
+resource.setrlimit(resource.RLIMIT_DATA, (_WRITABLE, resource.getrlimit(resource.RLIMIT_DATA)[1]))
 
 # The same examples on every run, so that a red suite means a change; to look for new ones:
 # HYPOTHESIS_PROFILE=explore make test

@@ -8,13 +8,7 @@ from torch import Tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 decode_triton = pytest.importorskip("grace.kernels.decode_triton")
-
-
-@pytest.fixture(autouse=True)
-def _poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever a kernel leaves unwritten is a NaN."""
-    empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *args, **kw: empty(*args, **kw).fill_(torch.nan))
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -17,18 +17,7 @@ from grace.quant.fake_quant import TorchKernels, fake_quantize
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 fake_quant_triton = pytest.importorskip("grace.kernels.fake_quant_triton")
-
-
-@pytest.fixture(autouse=True)
-def _poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever a kernel leaves unwritten is a NaN."""
-    empty, empty_like = torch.empty, torch.empty_like
-    monkeypatch.setattr(torch, "empty", lambda *args, **kw: poison(empty(*args, **kw)))
-    monkeypatch.setattr(torch, "empty_like", lambda *args, **kw: poison(empty_like(*args, **kw)))
-
-
-def poison(tensor: Tensor) -> Tensor:
-    return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 def normal(*shape: int, scale: float = 1.0, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:

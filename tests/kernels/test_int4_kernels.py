@@ -90,21 +90,11 @@ def test_no_tokens_give_no_rows():
     assert dequant.matmul(x, *layer).shape == (0, 32)
 
 
-def test_every_output_is_written(monkeypatch: pytest.MonkeyPatch):
+def test_every_output_is_written(request: pytest.FixtureRequest):
     layer = random_layer(48, 96, 32, False)
-    real_empty = torch.empty
-
-    def poisoned(*args: object, **kwargs: object) -> torch.Tensor:
-        tensor = real_empty(*args, **kwargs)  # type: ignore[call-overload]
-        return (
-            tensor.fill_(float("nan"))
-            if tensor.is_floating_point()
-            else tensor.fill_(-86 if tensor.dtype != torch.uint8 else 170)
-        )
-
     x = activations(3, 96, torch.float32)
     expected = reference.matmul(x, *layer)
-    monkeypatch.setattr(torch, "empty", poisoned)
+    request.getfixturevalue("poisoned_memory")
     assert error(dequant.matmul(x, *layer), expected) < 1e-5
     values = torch.arange(48, dtype=torch.uint8).remainder(16).view(16, 3)
     assert torch.equal(awq_layout.unpack_transposed(awq_layout.pack_transposed(values)), values)

@@ -14,17 +14,7 @@ from grace.kernels.w4a16_tuning import EXPAND_TILE, MATRIX_TILES, VECTOR_TILES, 
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 w4a16_triton = pytest.importorskip("grace.kernels.w4a16_triton")
-
-
-@pytest.fixture(autouse=True)
-def _poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever a kernel leaves unwritten, in its result or in its scratch, is a NaN."""
-    empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *args, **kw: poison(empty(*args, **kw)))
-
-
-def poison(tensor: Tensor) -> Tensor:
-    return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 def on_device(*tensors: Tensor) -> list[Tensor]:
