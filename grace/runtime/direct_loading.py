@@ -10,10 +10,9 @@ import os
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import GenerationConfig
 from transformers.quantizers.auto import AutoHfQuantizer
@@ -24,7 +23,11 @@ from grace.models.rotary import make_rotary
 from grace.models.stored import config_for, skeleton
 from grace.runtime.int4_linear import Int4Linear
 
-_BLOCK = 1 << 23
+_BLOCK = 1 << 25  # bytes read at a time: many small reads would wait for the thread that builds the model
+_DTYPES = {
+    "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64, "I32": torch.int32,
+    "I64": torch.int64, "I8": torch.int8, "U8": torch.uint8,
+}  # fmt: skip
 
 
 def load_packed(directory: Path, dtype: torch.dtype | None) -> Any:
@@ -39,13 +42,15 @@ def load_packed(directory: Path, dtype: torch.dtype | None) -> Any:
         dtype = dtype or config.dtype
         for one in (config, config.text_config, config.vision_config):
             one.dtype = dtype
-        threading.Thread(target=_read_ahead, args=(files,), daemon=True).start()
+        reader = threading.Thread(target=_read_ahead, args=(files,), daemon=True)
+        reader.start()
         model = _empty(config, files)
         if not isinstance(dtype, torch.dtype) or not _filled(model, _tensors(files), dtype):
             return None
+        reader.join()  # page by page the rest would come in small pieces
         if (directory / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(directory)
-    except (UserError, OSError, SafetensorError, ValueError, KeyError, AttributeError, TypeError):
+    except (UserError, OSError, RuntimeError, ValueError, KeyError, AttributeError, TypeError):
         return None
     model.tie_weights()
     model.config.name_or_path = str(directory)
@@ -66,12 +71,29 @@ def _empty(config: Any, files: Sequence[Path]) -> Any:
 
 
 def _tensors(files: Sequence[Path]) -> dict[str, Tensor]:
-    """Views into the files."""
+    """Views into the mapped files. Not safetensors' own, which read every tensor that is asked for, the vision tower's too."""
     found = {}
     for file in files:
-        with safe_open(file, "pt") as stored:
-            found |= {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - no mapping
+        header, base = _header(file)
+        size = file.stat().st_size
+        mapped = torch.empty(0, dtype=torch.uint8).set_(
+            torch.UntypedStorage.from_file(str(file), False, size)
+        )
+        for name, about in header.items():
+            start, end = about["data_offsets"]
+            found[name] = mapped[base + start : base + end].view(_DTYPES[about["dtype"]]).view(about["shape"])
     return found
+
+
+def _header(file: Path) -> tuple[dict[str, Any], int]:
+    """What a safetensors file says of each tensor, and where their bytes begin."""
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if length > os.fstat(stream.fileno()).st_size:
+            raise ValueError("no safetensors file")
+        header = json.loads(stream.read(length))
+    header.pop("__metadata__", None)
+    return header, 8 + length
 
 
 def _filled(model: Any, tensors: dict[str, Tensor], dtype: torch.dtype) -> bool:
@@ -95,34 +117,36 @@ def _filled(model: Any, tensors: dict[str, Tensor], dtype: torch.dtype) -> bool:
 
 
 def _read_ahead(files: Sequence[Path]) -> None:
-    """Asks for the decoder's part of the files while the model is built: page by page it would come in small pieces.
+    """Brings the decoder's part of the files into the page cache while the model is built, in one go from front to back.
 
-    The vision tower waits until a picture comes.
+    What is there already is not read again. The vision tower waits until a picture comes.
     """
-    if not hasattr(os, "posix_fadvise"):  # not on macOS
-        return
+    scratch = memoryview(bytearray(_BLOCK))
     with contextlib.suppress(
-        OSError, ValueError, KeyError, AttributeError
+        OSError, ValueError, KeyError, AttributeError, TypeError
     ):  # the loader itself says what is wrong
         for file in files:
             with file.open("rb") as stream:
-                for start, end in _ranges(stream):
+                for start, end in _ranges(file):
                     for at in range(start, end, _BLOCK):
-                        os.posix_fadvise(stream.fileno(), at, min(_BLOCK, end - at), os.POSIX_FADV_WILLNEED)
+                        if not _is_cached(stream.fileno(), (at + min(at + _BLOCK, end)) // 2):
+                            os.preadv(stream.fileno(), [scratch[: min(_BLOCK, end - at)]], at)
 
 
-def _ranges(stream: BinaryIO) -> list[tuple[int, int]]:
+def _is_cached(descriptor: int, at: int) -> bool:
+    """Whether a byte of a file is in memory; False where the system does not say."""
+    if not hasattr(os, "RWF_NOWAIT"):  # Linux has it
+        return False
+    try:
+        return os.preadv(descriptor, [bytearray(1)], at, os.RWF_NOWAIT) == 1
+    except OSError:  # it would have to wait, or the file system cannot tell
+        return False
+
+
+def _ranges(file: Path) -> list[tuple[int, int]]:
     """Where a file holds tensors of the decoder, neighbours joined."""
-    length = int.from_bytes(stream.read(8), "little")
-    if length > os.fstat(stream.fileno()).st_size:
-        raise ValueError("no safetensors file")
-    header = json.loads(stream.read(length))
-    base = 8 + length
-    spans = sorted(
-        tuple(about["data_offsets"])
-        for name, about in header.items()
-        if name != "__metadata__" and not is_vision(name)
-    )
+    header, base = _header(file)
+    spans = sorted(tuple(about["data_offsets"]) for name, about in header.items() if not is_vision(name))
     joined: list[tuple[int, int]] = []
     for start, end in spans:
         if joined and joined[-1][1] == base + start:

@@ -1,6 +1,7 @@
 """The direct loader gives what the library's gives, and leaves to it whatever is not plainly right."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 from grace.models.processor import load_processor
+from grace.runtime import direct_loading
 from grace.runtime.direct_loading import _ranges, load_packed
 from grace.runtime.engine import load
 from grace.runtime.int4_linear import int4_linears
@@ -46,10 +48,13 @@ def test_it_saves_as_the_library_saves(awq_dir: Path, tmp_path: Path):
 
 
 def test_the_files_are_mapped_not_copied(awq_dir: Path):
-    model = load_packed(awq_dir, None)
-    storages = {layer.qweight.untyped_storage().data_ptr() for layer in int4_linears(model).values()}
-    sizes = {layer.qweight.untyped_storage().nbytes() for layer in int4_linears(model).values()}
-    assert len(storages) == 1 or max(sizes) < 1 << 20  # one mapping for all, or a view of each tensor
+    """All layers are views of one storage, of the file's size; and what is written to them stays in memory."""
+    model, file = load_packed(awq_dir, None), awq_dir / "model.safetensors"
+    before = file.read_bytes()
+    for layer in int4_linears(model).values():
+        assert layer.qweight.untyped_storage().nbytes() == len(before)
+        layer.qweight.zero_()
+    assert file.read_bytes() == before
 
 
 def renamed(tensors: dict) -> dict:
@@ -87,8 +92,7 @@ def test_what_is_read_ahead_is_the_decoder(awq_dir: Path):
     file = awq_dir / "model.safetensors"
     tensors = load_file(file)
     wanted = sum(tensor.nbytes for name, tensor in tensors.items() if not name.startswith("model.visual."))
-    with file.open("rb") as stream:
-        assert sum(end - start for start, end in _ranges(stream)) == wanted
+    assert sum(end - start for start, end in _ranges(file)) == wanted
 
 
 def test_the_engine_uses_it(awq_dir: Path, monkeypatch: pytest.MonkeyPatch):
@@ -96,3 +100,20 @@ def test_the_engine_uses_it(awq_dir: Path, monkeypatch: pytest.MonkeyPatch):
         AutoModelForImageTextToText, "from_pretrained", lambda *a, **k: pytest.fail("used the library")
     )
     assert load(awq_dir).generate([], "Say yes", 3).tokens and load_processor(awq_dir)
+
+
+def test_what_is_cached_is_not_read_again(awq_dir: Path, monkeypatch: pytest.MonkeyPatch):
+    read = []
+    real = os.preadv
+
+    def preadv(descriptor: int, buffers: list, offset: int, flags: int = 0) -> int:
+        if not flags:
+            read.append(sum(len(buffer) for buffer in buffers))
+        return real(descriptor, buffers, offset, flags)
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    file = awq_dir / "model.safetensors"
+    for cached, wanted in ((True, 0), (False, sum(end - start for start, end in _ranges(file)))):
+        monkeypatch.setattr(direct_loading, "_is_cached", lambda descriptor, at, cached=cached: cached)
+        direct_loading._read_ahead([file])
+        assert sum(read) == wanted
