@@ -78,9 +78,8 @@ class Decoder:
         self.rows, self.context = rows or self.rows, context or self.context
         # One place more than the context: where rows that only fill up a batch write.
         shape = (len(self.layers), self.rows, self.parts.kv_heads, self.context + 1, self.parts.head_size)
-        # Not empty: what is masked still takes part, as zero times something that must be finite.
-        self.keys_LRKCS = torch.zeros(shape, dtype=self.dtype, device=self.device)
-        self.values_LRKCS = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        self.keys_LRKCS = _blank(shape, self.dtype, self.device)
+        self.values_LRKCS = _blank(shape, self.dtype, self.device)
         self._lengths = [0] * self.rows
         self._offsets = [0] * self.rows  # of the rotary position from the place in the cache
 
@@ -234,7 +233,10 @@ class Decoder:
 
 
 def _blank(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros: what is masked must be finite. On the CPU no memory is taken before it is written to."""
+    """Zeros: what is masked still takes part, as zero times something that must be finite.
+
+    On the CPU no memory is taken before it is written to.
+    """
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     count = torch.Size(shape).numel() * dtype.itemsize

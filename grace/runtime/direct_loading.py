@@ -75,10 +75,7 @@ def _tensors(files: Sequence[Path]) -> dict[str, Tensor]:
     found = {}
     for file in files:
         header, base = _header(file)
-        size = file.stat().st_size
-        mapped = torch.empty(0, dtype=torch.uint8).set_(
-            torch.UntypedStorage.from_file(str(file), False, size)
-        )
+        mapped = torch.from_file(str(file), shared=False, size=file.stat().st_size, dtype=torch.uint8)
         for name, about in header.items():
             start, end = about["data_offsets"]
             found[name] = mapped[base + start : base + end].view(_DTYPES[about["dtype"]]).view(about["shape"])

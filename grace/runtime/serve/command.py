@@ -113,6 +113,7 @@ def _load(args: argparse.Namespace) -> Service:
 
     from grace.runtime.engine import load
     from grace.runtime.graphs import GraphDecoder
+    from grace.runtime.serve.threads import settle_threads
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -131,6 +132,7 @@ def _load(args: argparse.Namespace) -> Service:
         ) from error
     if isinstance(engine.decoder, GraphDecoder):
         engine.decoder.warm_up()
+    settle_threads(engine.decoder)
     rules = ImageRules(allow_urls=args.allow_urls, root=args.image_root)
     defaults = Limits()
     limits = Limits(
