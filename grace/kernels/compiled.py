@@ -17,7 +17,7 @@ import torch
 
 from grace.files import new_file
 
-_SOURCES = tuple(Path(__file__).with_name(name) for name in ("int4_cpu.c", "layer_cpu.c"))
+_SOURCES = tuple(Path(__file__).with_name(name) for name in ("int4_cpu.c", "layer_cpu.c", "head_cpu.c"))
 _FLAGS = (
     "-O3", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mf16c", "-mfma",
     "-fopenmp", "-shared", "-fPIC",

@@ -11,12 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from grace.errors import UserError
+from grace.kernels import compiled, head_cpu
 from grace.kernels.awq_layout import pack_transposed
 from grace.quant import grid
 from grace.runtime.int4_linear import Int4Linear
 
 HEADS = ("bf16", "int8", "int4")
-GROUP_SIZE = 128
+GROUP_SIZE = head_cpu.GROUP_SIZE
 _ROWS = 8192  # rounded at a time: few calls, since each waits for all threads
 
 
@@ -61,17 +62,25 @@ def _int4_head(weight_VD: Tensor) -> Int4Linear:
         raise UserError(
             f"--head int4 has groups of {GROUP_SIZE}, the model is {width} wide: choose bf16 or int8"
         )
-    padding = -vocabulary % 8
-    codes_VD, scales_VG = _rounded(
-        F.pad(weight_VD, (0, 0, 0, padding)) if padding else weight_VD, 4, GROUP_SIZE
-    )
+    padding = -vocabulary % head_cpu.OUTPUT_MULTIPLE
+    padded_VD = F.pad(weight_VD, (0, 0, 0, padding)) if padding else weight_VD
     layer = Int4Linear(width, vocabulary + padding, group_size=GROUP_SIZE, device="meta")
-    layer.qweight = pack_transposed((codes_VD + 8).view(torch.uint8))
+    layer.qweight, layer.scales = _packed(padded_VD.detach())
     layer.qzeros = torch.full(
         layer.qzeros.shape, 0x88888888 - (1 << 32), dtype=torch.int32, device=weight_VD.device
     )
-    layer.scales = scales_VG.t().half().contiguous()
     return layer
+
+
+def _packed(weight_VD: Tensor) -> tuple[Tensor, Tensor]:
+    """qweight int32 [D, V / 8] and scales float16 [G, V], in one compiled pass where that can run."""
+    plain = (
+        weight_VD.dtype != torch.bfloat16 or weight_VD.device.type != "cpu" or not weight_VD.is_contiguous()
+    )
+    if not plain and compiled.obstacle() is None:
+        return head_cpu.rounded(weight_VD)
+    codes_VD, scales_VG = _rounded(weight_VD, 4, GROUP_SIZE)
+    return pack_transposed((codes_VD + 8).view(torch.uint8)), scales_VG.t().half().contiguous()
 
 
 def _rounded(weight_VD: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor]:
