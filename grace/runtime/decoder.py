@@ -8,10 +8,11 @@ Z queries, keys and values side by side, H query heads, K key/value heads, S hea
 (= S / 2), C context, V vocabulary, N visual tokens.
 """
 
+import contextlib
+import mmap
 from collections.abc import Sequence
 from typing import Any
 
-import numpy
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -235,9 +236,17 @@ class Decoder:
 def _blank(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Zeros: what is masked still takes part, as zero times something that must be finite.
 
-    On the CPU no memory is taken before it is written to.
+    On the CPU memory is taken page by page as it is written to, and in small pages: a row has a strip for each layer
+    and head, and a large page would take most of every strip with its first token.
     """
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    count = torch.Size(shape).numel() * dtype.itemsize
-    return torch.from_numpy(numpy.zeros(count, dtype=numpy.uint8)).view(dtype).view(shape)
+    size = torch.Size(shape).numel() * dtype.itemsize
+    try:
+        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except (OSError, OverflowError) as error:
+        raise MemoryError(f"no memory for {size / 1e9:.1f} GB of keys and values") from error
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):  # Linux has it
+        with contextlib.suppress(OSError):  # a kernel without huge pages
+            memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
