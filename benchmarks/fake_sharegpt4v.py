@@ -18,7 +18,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,14 +73,16 @@ def about(rng: np.random.Generator, mean: float) -> int:
     return max(1, int(rng.lognormal(np.log(mean) - SPREAD**2 / 2, SPREAD) + 0.5))
 
 
-def records(count: int, pictures: int, links: bool, seed: int) -> Iterator[dict[str, Any]]:
+def records(
+    count: int, pictures: int, links: bool, seed: int, sources: Mapping[str, Source] = SOURCES
+) -> Iterator[dict[str, Any]]:
     """Records in random order of source."""
     rng = np.random.default_rng(seed)
-    names = list(SOURCES)
-    shares = np.array([SOURCES[name].share for name in names])
+    names = list(sources)
+    shares = np.array([sources[name].share for name in names])
     for i, which in enumerate(rng.choice(len(names), size=count, p=shares / shares.sum()).tolist()):
         name = names[which]
-        source = SOURCES[name]
+        source = sources[name]
         turns = []
         for _ in range(about(rng, source.rounds)):
             turns.append({"from": "human", "value": text(rng, about(rng, source.question)) + "?"})
@@ -92,10 +94,10 @@ def records(count: int, pictures: int, links: bool, seed: int) -> Iterator[dict[
         yield entry | {"conversations": turns}
 
 
-def write_pictures(folder: Path, pictures: int, seed: int) -> None:
+def write_pictures(folder: Path, pictures: int, seed: int, sources: Mapping[str, Source] = SOURCES) -> None:
     """The contents of each source: blurred noise, which makes JPEGs of a photograph's size."""
     rng = np.random.default_rng(seed)
-    for name, source in SOURCES.items():
+    for name, source in sources.items():
         if source.size is None:
             continue
         (folder / name).mkdir(parents=True, exist_ok=True)
@@ -105,13 +107,20 @@ def write_pictures(folder: Path, pictures: int, seed: int) -> None:
             Image.fromarray(coarse).resize((width, height)).save(folder / name / f"{i:03}.jpg", quality=88)
 
 
-def write(out: Path, count: int = RECORDS, pictures: int = 64, links: bool = False, seed: int = 0) -> Path:
+def write(
+    out: Path,
+    count: int = RECORDS,
+    pictures: int = 64,
+    links: bool = False,
+    seed: int = 0,
+    sources: Mapping[str, Source] = SOURCES,
+) -> Path:
     """Writes records and pictures; returns the annotation file."""
     images = out / "images"
-    write_pictures(images, pictures, seed)
+    write_pictures(images, pictures, seed, sources)
     path = out / "records.json"
     with path.open("w", encoding="utf-8") as file:
-        for i, entry in enumerate(records(count, pictures, links, seed)):
+        for i, entry in enumerate(records(count, pictures, links, seed, sources)):
             file.write("[" if i == 0 else ",\n")
             file.write(json.dumps(entry))
             if links and "image" in entry:
