@@ -2,6 +2,8 @@
 
 import argparse
 import asyncio
+import contextlib
+import ctypes
 import logging
 import os
 import resource
@@ -20,6 +22,7 @@ from grace.runtime.serve.listener import bind, is_loopback
 from grace.runtime.serve.service import Limits, Service
 
 MAX_BATCH, CONTEXT = 16, 4096
+_M_ARENA_MAX = -8  # of glibc's malloc.h
 GRACE_SECONDS = 10.0  # for running answers after SIGTERM
 
 
@@ -38,6 +41,7 @@ def run_serve(args: argparse.Namespace) -> int:
         raise UserError(f"--image-root {args.image_root} is not a directory: give the folder of the pictures")
     logging.basicConfig(stream=sys.stderr, format="%(levelname)s: %(message)s", level=logging.WARNING)
     _raise_file_limit()
+    _share_arenas()
     with bind(args.host, args.port) as listener:
         service = _load(args)
         url = _url(listener)
@@ -173,6 +177,16 @@ def _raise_file_limit() -> None:
     wanted = 65_536 if hard == resource.RLIM_INFINITY else min(hard, 65_536)
     if soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def _share_arenas() -> None:
+    """Two of glibc's memory arenas for all threads: each keeps what it once took, and threads here are many.
+
+    With one for each thread memory went on growing by megabytes for some ten thousand requests before it was flat.
+    """
+    if "MALLOC_ARENA_MAX" not in os.environ:
+        with contextlib.suppress(OSError, AttributeError):  # another C library
+            ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 2)
 
 
 def _url(listener: socket.socket) -> str:

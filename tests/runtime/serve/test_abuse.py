@@ -64,7 +64,7 @@ def test_a_thousand_at_once(serving):
 
 
 def test_memory_is_flat_over_two_thousand_requests(serving):
-    """A third are broken, a tenth of the clients leave; after a warm-up neither memory nor open files grow."""
+    """A third are broken, a tenth of the clients leave; after a warm-up neither memory nor open files grow over 2,000."""
     process = psutil.Process(serving.process.pid)
     url = data_url(picture(size=(64, 64)))
     good = [
@@ -77,12 +77,19 @@ def test_memory_is_flat_over_two_thousand_requests(serving):
     ]
     bodies = [body for nine in mixed for body in nine]
     asyncio.run(ask_all(serving.url, bodies[:700], 16, leaving=True))
-    before, files = process.memory_info().rss, process.num_fds()
-    found = asyncio.run(ask_all(serving.url, bodies[700:2700], 16, leaving=True))
-    assert set(found) <= {0, 200, 400} and found[200] > 1000 and sum(found.values()) == 2000, found
-    grown = process.memory_info().rss - before
-    print(
-        f"memory {before / 1e6:.1f} MB, grown by {grown / 1e6:.2f} MB; files {files} -> {process.num_fds()}"
-    )
-    assert grown < 8e6 and process.num_fds() <= files + 4
+    files = process.num_fds()
+    for _ in range(
+        4
+    ):  # what leaks grows every time; caches and arenas of a busy machine take a while to be full
+        before = process.memory_info().rss
+        found = asyncio.run(ask_all(serving.url, bodies[:2000], 16, leaving=True))
+        grown = process.memory_info().rss - before
+        print(
+            f"memory {before / 1e6:.1f} MB, grown by {grown / 1e6:.2f} MB; files {files} -> {process.num_fds()}"
+        )
+        assert set(found) <= {0, 200, 400} and found[200] > 1000 and sum(found.values()) == 2000, found
+        assert process.num_fds() <= files + 4
+        if grown < 4e6:
+            break
+    assert grown < 4e6
     assert chat(serving.url, question()).status_code == 200
