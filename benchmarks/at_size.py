@@ -13,7 +13,6 @@ Prints loss, speed, utilisation and memory and, last, one line of JSON; exits wi
 import argparse
 import json
 import math
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -27,9 +26,10 @@ import fake_sharegpt4v
 import torch
 from fake_sharegpt4v import Source
 from measure import machine, report
+from random_weights import write_published_shape
 
-from grace.models.tiny import build_processor, build_tokenizer, write_tiny_model
-from grace.runtime.synthetic import NAMES, SyntheticModel
+from grace.models.tiny import write_tiny_model
+from grace.runtime.synthetic import NAMES
 
 # ShareGPT4V's captions by source (arXiv:2311.12793, section 3.2: 50, 30 and 20 of 100 thousand), 942 characters long.
 # The small world's tokenizer makes about 3.5 times the tokens of Qwen's from random letters, hence the fewer characters.
@@ -45,10 +45,7 @@ def write_model(name: str, role: Literal["student", "teacher"], folder: Path) ->
     """A dense model directory with random weights."""
     if name == "tiny":
         return write_tiny_model(folder / role, role)
-    SyntheticModel(name).write(folder / "packed", folder / role)
-    shutil.rmtree(folder / "packed")
-    build_processor(build_tokenizer()).save_pretrained(folder / role)
-    return folder / role
+    return write_published_shape(name, folder / role, packed=False)
 
 
 def train(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:

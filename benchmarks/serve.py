@@ -16,7 +16,6 @@ import io
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -28,9 +27,10 @@ from statistics import median
 
 from measure import machine, report
 from PIL import Image
+from random_weights import write_published_shape
 
-from grace.models.tiny import build_processor, build_tokenizer, write_tiny_model
-from grace.runtime.synthetic import NAMES, SyntheticModel
+from grace.models.tiny import write_tiny_model
+from grace.runtime.synthetic import NAMES
 
 
 @dataclass(frozen=True)
@@ -103,10 +103,7 @@ def synthetic(name: str, scratch: Path) -> Path:
     directory = scratch / name
     if name == "student":
         return write_tiny_model(directory, "student")
-    SyntheticModel(name).write(directory, scratch / "dense")
-    shutil.rmtree(scratch / "dense")
-    build_processor(build_tokenizer()).save_pretrained(directory)
-    return directory
+    return write_published_shape(name, directory, packed=True)
 
 
 def resident_mb(pid: int) -> float:

@@ -8,7 +8,6 @@ and a checksum would have to read the file back.
     file:  8 bytes, length of the header, little-endian | header, JSON, filled up with spaces | the tensors, end to end
 """
 
-import contextlib
 import errno
 import fcntl
 import json
@@ -19,6 +18,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from grace.memory import private_memory
 
 BLOCK = 4096  # what direct writing wants addresses, offsets and sizes to be multiples of
 CHUNK = 1 << 24  # bytes hashed and written at a time
@@ -60,7 +61,7 @@ class FileInMemory:
         text += b" " * (-(8 + len(text)) % HEADER_ALIGNMENT)
         start = 8 + len(text)
         self.slots.clear()  # of the old memory
-        self.memory, self.layout, self.size = _private_memory(start + at), layout, start + at
+        self.memory, self.layout, self.size = _memory(start + at), layout, start + at
         self.memory[:start] = len(text).to_bytes(8, "little") + text
         whole = torch.frombuffer(self.memory, dtype=torch.uint8)
         for name, dtype, shape in layout:
@@ -113,14 +114,9 @@ def xxh3_of(path: Path) -> str:
     return total.hexdigest()
 
 
-def _private_memory(size: int) -> mmap.mmap:
-    """Zeros, from the start of a page."""
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    for advice in ("MADV_HUGEPAGE", "MADV_DONTFORK"):  # quick to fill; none of a loader's workers' business
-        if hasattr(mmap, advice):
-            with contextlib.suppress(OSError):  # a kernel without huge pages
-                memory.madvise(getattr(mmap, advice))
-    return memory
+def _memory(size: int) -> mmap.mmap:
+    """Quick to fill, and none of a loader's workers' business."""
+    return private_memory(size, "MADV_HUGEPAGE", "MADV_DONTFORK")
 
 
 def _open_for_writing(path: Path, direct: bool) -> int:

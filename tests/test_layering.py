@@ -18,7 +18,7 @@ COMMANDS = {"cli", "demo", "study", "report", "__main__"}
 # Files split off a part of another name.
 BELONGS_TO = {
     "checkpoint_saver": "checkpoint", "checkpoint_files": "checkpoint", "resume_checkpoint": "checkpoint", "recipe_check": "config", "recipe_parts": "config",
-    "plan_memory": "plan", "plan_text": "plan", "plan_modes": "plan", "run_save": "run", "run_data": "run", "run_files": "files", "checked_files": "files",
+    "plan_memory": "plan", "plan_text": "plan", "plan_modes": "plan", "run_save": "run", "run_data": "run", "run_files": "files", "checked_files": "files", "memory": "files",
     "run_info": "run", "validation": "run", "agreement": "run", "run_tasks": "run", "watch": "run", "preemption": "run", "step_inputs": "train", "step_stats": "step",
     "student": "step", "schedule": "train", "cache_settings": "teacher_cache", "tracking_wandb": "tracking",
     "parallel_fsdp": "parallel", "parallel_zero": "parallel",

@@ -8,8 +8,6 @@ Z queries, keys and values side by side, H query heads, K key/value heads, S hea
 (= S / 2), C context, V vocabulary, N visual tokens.
 """
 
-import contextlib
-import mmap
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +18,7 @@ from torch import Tensor
 from grace.data.packing import positions_3L
 from grace.data.template import IMAGE_TOKEN_TYPE, Sample
 from grace.errors import UserError
+from grace.memory import private_memory
 from grace.models.decoder_parts import DecoderParts, decoder_parts, visual_features
 from grace.runtime.fused_linear import FusedLinear
 from grace.runtime.head import Head
@@ -243,10 +242,7 @@ def _blank(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
         return torch.zeros(shape, dtype=dtype, device=device)
     size = torch.Size(shape).numel() * dtype.itemsize
     try:
-        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        memory = private_memory(size, "MADV_NOHUGEPAGE")
     except (OSError, OverflowError) as error:
         raise MemoryError(f"no memory for {size / 1e9:.1f} GB of keys and values") from error
-    if hasattr(mmap, "MADV_NOHUGEPAGE"):  # Linux has it
-        with contextlib.suppress(OSError):  # a kernel without huge pages
-            memory.madvise(mmap.MADV_NOHUGEPAGE)
     return torch.frombuffer(memory, dtype=dtype).view(shape)

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from grace.errors import UserError
-from grace.kernels import compiled, head_cpu
-from grace.kernels.awq_layout import pack_transposed
+from grace.kernels import head_cpu
+from grace.kernels.awq_layout import ZERO_WORD, pack_transposed
 from grace.quant import grid
 from grace.runtime.int4_linear import Int4Linear
 
@@ -66,18 +66,13 @@ def _int4_head(weight_VD: Tensor) -> Int4Linear:
     padded_VD = F.pad(weight_VD, (0, 0, 0, padding)) if padding else weight_VD
     layer = Int4Linear(width, vocabulary + padding, group_size=GROUP_SIZE, device="meta")
     layer.qweight, layer.scales = _packed(padded_VD.detach())
-    layer.qzeros = torch.full(
-        layer.qzeros.shape, 0x88888888 - (1 << 32), dtype=torch.int32, device=weight_VD.device
-    )
+    layer.qzeros = torch.full(layer.qzeros.shape, ZERO_WORD, dtype=torch.int32, device=weight_VD.device)
     return layer
 
 
 def _packed(weight_VD: Tensor) -> tuple[Tensor, Tensor]:
     """qweight int32 [D, V / 8] and scales float16 [G, V], in one compiled pass where that can run."""
-    plain = (
-        weight_VD.dtype != torch.bfloat16 or weight_VD.device.type != "cpu" or not weight_VD.is_contiguous()
-    )
-    if not plain and compiled.obstacle() is None:
+    if head_cpu.obstacle(weight_VD) is None:
         return head_cpu.rounded(weight_VD)
     codes_VD, scales_VG = _rounded(weight_VD, 4, GROUP_SIZE)
     return pack_transposed((codes_VD + 8).view(torch.uint8)), scales_VG.t().half().contiguous()
