@@ -172,9 +172,8 @@ class Worker:
                 return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
         ids = torch.stack([sample.input_ids_L for sample in samples]).to(self.setup.device)
-        config = GenerationConfig(
-            max_new_tokens=new_tokens, do_sample=False, pad_token_id=0, eos_token_id=None
-        )
+        self._model.generation_config.eos_token_id = None  # it would fill in what `config` leaves out
+        config = GenerationConfig(max_new_tokens=new_tokens, do_sample=False, pad_token_id=0)
         with torch.inference_mode():
             self._model.generate(
                 input_ids=ids,

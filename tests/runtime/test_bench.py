@@ -59,6 +59,15 @@ def test_both_sides_measure_the_same_work(awq_dir: Path, tmp_path: Path):
     assert dense_bytes(awq_dir) == pytest.approx(sum(sizes), rel=0.05)
 
 
+def test_an_answer_that_would_end_goes_on(awq_dir: Path, tmp_path: Path):
+    write_twin(awq_dir, tmp_path / "twin")
+    file = tmp_path / "twin" / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token_id": list(range(512))}))
+    worker = Worker(Setup(tmp_path / "twin", "library"))
+    worker.load(cold=False)
+    assert worker.decode(1, 8, 4) > 0
+
+
 def test_the_twin_is_the_packed_model_dequantized(awq_dir: Path, tmp_path: Path):
     write_twin(awq_dir, tmp_path / "twin")
     packed, twin = load_model(awq_dir, torch.float32), load_model(tmp_path / "twin", torch.float32)
