@@ -9,12 +9,15 @@ plain names, so that a run may be resumed in another way or on another number of
     Zero          DeepSpeed ZeRO-2 and ZeRO-3, grace/parallel_zero.py
 """
 
+import atexit
 import contextlib
 import importlib.util
 import math
 import os
+import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator, DistributedType, PartialState
@@ -189,3 +192,19 @@ def make_accelerator() -> Accelerator:
             "DeepSpeed does not start with ACCELERATE_USE_CPU set: unset it (without a GPU the CPU is used)"
         )
     return accelerator
+
+
+def leave(code: int) -> NoReturn:
+    """Ends this process: all that Python does at its end, but with several processes the interpreter stays up.
+
+    A thread of Gloo may hold the tensors of the last collective a little longer than that took, and needs the
+    interpreter to let go of them; one that finds it going down aborts the process (pytorch issue 190489). Destroying the
+    group first would wait for these threads, but not under FSDP2, where caches of DTensor keep the group.
+    """
+    if not torch.distributed.is_initialized():
+        sys.exit(code)
+    threading._shutdown()  # type: ignore[attr-defined]  # as at the end of multiprocessing's own processes
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

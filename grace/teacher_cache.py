@@ -50,7 +50,7 @@ from grace.errors import Parser, UserError, run_command
 from grace.files import locked, writing_to
 from grace.models import qwen3vl
 from grace.models.processor import load_processor
-from grace.parallel import make_accelerator
+from grace.parallel import leave, make_accelerator
 from grace.run import placed_teacher, require_same_tokenizer
 from grace.run_data import load_run_data, taken_in_run
 from grace.step import NonFiniteLoss, teacher_outputs
@@ -262,4 +262,4 @@ def progress(items: Sequence[int], what: str, is_main: bool) -> Iterable[int]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

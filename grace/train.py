@@ -29,7 +29,7 @@ from grace.data.records import Record, mixture_of
 from grace.errors import Parser, Preempted, run_command
 from grace.models import qwen3vl
 from grace.models.processor import load_processor
-from grace.parallel import make_accelerator
+from grace.parallel import leave, make_accelerator
 from grace.preemption import ignore_in_worker, listening
 from grace.run import Run, claimed, set_up, total_steps
 from grace.run_data import load_run_data, require_same_on_all_ranks
@@ -64,11 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
                 print(format_plan(plan(recipe)))
             return 0
-        try:
-            train(recipe, args.allow_changed)
-        finally:
-            if torch.distributed.is_initialized():  # its threads must not outlive the interpreter
-                torch.distributed.destroy_process_group()
+        train(recipe, args.allow_changed)
         return 0
 
     return run_command(command)
@@ -269,4 +265,4 @@ def teacher_side(run: Run, inputs: StepInputs) -> tuple[Sequence[Signals | None]
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

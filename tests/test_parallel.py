@@ -6,6 +6,7 @@ Run as a script on two ranks, this file first makes steps on awkward batches, th
 import json
 import os
 import shutil
+import subprocess
 import sys
 import time
 from dataclasses import asdict
@@ -27,7 +28,7 @@ from grace.errors import UserError
 from grace.export.pack import export_run
 from grace.models import qwen3vl
 from grace.models.processor import load_processor
-from grace.parallel import make_accelerator
+from grace.parallel import leave, make_accelerator
 from grace.parallel_fsdp import FullySharded
 from grace.parallel_zero import check_config
 from grace.plan_modes import state_rows
@@ -278,6 +279,32 @@ def test_missing_deepspeed_is_one_line(monkeypatch) -> None:
         make_accelerator()
 
 
+LEAVING = """
+import atexit, sys, threading, time, torch
+from grace.parallel import leave
+
+class Kept:
+    def __del__(self):
+        print("interpreter taken down")
+
+kept = Kept()
+if "group" in sys.argv:
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+atexit.register(print, "exit handlers")
+threading.Thread(target=lambda: (time.sleep(0.3), print("thread's end"))).start()
+leave(7)
+"""
+
+
+@pytest.mark.parametrize(
+    ("group", "end"), [("group", []), ("alone", ["interpreter taken down"])], ids=["group", "alone"]
+)
+def test_leaving_does_all_but_take_the_interpreter_down_under_gloo(group: str, end: list[str]) -> None:
+    left = subprocess.run([sys.executable, "-c", LEAVING, group], capture_output=True, text=True, timeout=100)
+    assert left.returncode == 7, left.stderr
+    assert left.stdout.splitlines() == ["thread's end", "exit handlers", *end]
+
+
 @pytest.mark.slow
 def test_awkward_batches_hang_nothing_and_count_right(single: Path, killed: Path) -> None:
     one, first, second = (
@@ -373,3 +400,4 @@ def test_exported_codes_are_those_of_one_process(single: Path, killed: Path, tmp
 
 if __name__ == "__main__":
     one_rank(sys.argv[1], *(Path(argument) for argument in sys.argv[2:]))
+    leave(0)

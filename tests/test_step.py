@@ -4,9 +4,7 @@ Run as a script under `torch.distributed.run`, this file is one rank of the same
 """
 
 import dataclasses
-import os
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -29,7 +27,7 @@ from grace.distill.teacher import supervised
 from grace.models import qwen3vl
 from grace.models.placement import spread, weight_bytes
 from grace.models.processor import load_processor
-from grace.parallel import make_accelerator
+from grace.parallel import leave, make_accelerator
 from grace.run import Run, set_up
 from grace.step import NonFiniteLoss, forward_backward, run_teacher
 from grace.student import Weights
@@ -300,11 +298,8 @@ def one_rank(models: Path, world: Path, out: Path) -> None:
         step(run, [broken(batch) if rank == 1 else batch])
     except NonFiniteLoss as error:
         (out / f"stopped-{rank}.txt").write_text(str(error))
-    # A rank that tears its gloo group down while the other still reads can leave that one waiting for ever
-    # (seen once in many runs): both arrive, then both go, without a teardown.
     accelerator.wait_for_everyone()
-    time.sleep(1)
-    os._exit(0)
+    leave(0)
 
 
 if __name__ == "__main__":
