@@ -140,11 +140,10 @@ class FileAnswerer:
             UserError: an answer is missing.
         """
         asked = list(questions)
-        if task.name == "mmbench" and not any(
-            int(name) >= mmbench.ROTATION for name in self.outputs if name.isdecimal()
-        ):
+        if task.name == "mmbench":
             base = [question for question in asked if question.id == question.labels["base"]]
-            if len(base) < len(asked):
+            turned = {question.id for question in asked} - {question.id for question in base}
+            if turned and turned.isdisjoint(self.outputs):
                 task, asked = mmbench.VANILLA, base
         missing = [question.id for question in asked if self._name(question) not in self.outputs]
         if missing:
@@ -188,9 +187,9 @@ def read_answers(path: Path) -> list[Given]:
             values = json.loads(line)
             name = next(values[key] for key in IDS if key in values)
             output = next(values[key] for key in OUTPUTS if key in values)
-            if values.get("task", "") not in ("", *TASKS):
-                raise ValueError("no such task")
-        except (ValueError, TypeError, StopIteration) as error:
+            if name is None or values.get("task") not in (None, "", *TASKS):
+                raise ValueError("no id, or no such task")
+        except (ValueError, TypeError, StopIteration, AttributeError, RecursionError) as error:
             raise UserError(
                 f'{path}: line {number} is no answer: write {{"id": ..., "output": "..."}}, and "task" where there are several'
             ) from error

@@ -11,10 +11,18 @@ from typing import Any
 from grace.errors import UserError
 from grace.evaluation.answers import Answerer, FileAnswerer, ModelAnswerer
 from grace.evaluation.compare import compare, comparison_table
-from grace.evaluation.harness import Asked, about_harness, data_paths, prepare, run_task
-from grace.evaluation.question import Task
+from grace.evaluation.harness import (
+    Asked,
+    about_harness,
+    data_paths,
+    entry,
+    judge_given,
+    prepare,
+    run_task,
+)
+from grace.evaluation.question import Sample, Task
 from grace.evaluation.report import merged, table
-from grace.evaluation.store import RESULTS_FILE, RUN_FILE, TABLE_FILE, claim, read_json
+from grace.evaluation.store import RESULTS_FILE, RUN_FILE, TABLE_FILE, claim, read_json, replace_answers
 from grace.evaluation.tasks import TASKS, task_named
 from grace.files import locked, write_text
 from grace.progress import progress
@@ -33,11 +41,11 @@ def run_eval(args: argparse.Namespace) -> int:
     with locked(out, "--out"):
         ready = [prepare(task, paths, args.data_root, args.limit, out) for task in tasks]
         if args.predictions:
-            answerer = FileAnswerer(args.predictions)
-            _forget(out)
+            _require_no_model(out)
+            results = score_answers(ready, FileAnswerer(args.predictions), out)
         else:
             answerer = ModelAnswerer(args.directory, args.kernel, args.batch_size)
-        results = evaluate(ready, answerer, out, args.batch_size)
+            results = evaluate(ready, answerer, out, args.batch_size)
     print(json.dumps(results) if args.json else table(results), end="\n" if args.json else "")
     print(out / RESULTS_FILE, file=sys.stderr)
     return 0
@@ -47,20 +55,47 @@ def evaluate(ready: Sequence[Asked], answerer: Answerer, out: Path, batch_size: 
     """Runs tasks one after the other; results are written after each.
 
     Raises:
-        UserError: pictures, answers or the directory are unusable.
+        UserError: pictures or the directory are unusable.
     """
     results: dict[str, Any] = {}
     with progress("eval", "questions") as advance:
         for asked in ready:
             answerer.begin(asked.task)
-            if isinstance(answerer, FileAnswerer):
-                asked = _with_answers(asked, answerer)
             claim(out, answerer.about, [asked.task])
             one = run_task(asked, answerer, out, batch_size, advance)
-            before = read_json(out / RESULTS_FILE) if (out / RESULTS_FILE).exists() else None
-            results = merged(before, answerer.about, about_harness(), {asked.task.name: one})
-            write_text(out / RESULTS_FILE, json.dumps(results, indent=1) + "\n")
-            write_text(out / TABLE_FILE, table(results))
+            results = _written(out, answerer, {asked.task.name: one})
+    return results
+
+
+def score_answers(ready: Sequence[Asked], answerer: FileAnswerer, out: Path) -> dict[str, Any]:
+    """Judges a file's answers to all tasks, and only when all of them can be puts them in the place of earlier ones.
+
+    Raises:
+        UserError: pictures, answers or the directory are unusable; then everything is as it was.
+    """
+    answers: dict[str, tuple[Asked, list[Sample]]] = {}
+    with progress("eval", "questions") as advance:
+        for asked in ready:
+            answerer.begin(asked.task)
+            asked = _with_answers(asked, answerer)
+            answers[asked.task.name] = asked, judge_given(asked, answerer, advance)
+    before = _results(out)
+    replace_answers(out, answerer.about, [(asked.task, samples) for asked, samples in answers.values()])
+    entries = {name: entry(asked, samples) for name, (asked, samples) in answers.items()}
+    return _written(out, answerer, entries, before)
+
+
+def _results(out: Path) -> dict[str, Any] | None:
+    return read_json(out / RESULTS_FILE) if (out / RESULTS_FILE).exists() else None
+
+
+def _written(
+    out: Path, answerer: Answerer, tasks: dict[str, Any], before: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """The results, these tasks' and earlier ones', which are on disk when this returns."""
+    results = merged(before or _results(out), answerer.about, about_harness(), tasks)
+    write_text(out / RESULTS_FILE, json.dumps(results, indent=1) + "\n")
+    write_text(out / TABLE_FILE, table(results))
     return results
 
 
@@ -100,16 +135,12 @@ def _name(path: Path) -> str:
     return path.parent.name if path.name == "model" else path.stem if path.is_file() else path.name
 
 
-def _forget(out: Path) -> None:
+def _require_no_model(out: Path) -> None:
     """Answers from a file are read anew each time; those of a model are kept.
 
     Raises:
         UserError: the directory holds a model's.
     """
-    if not (out / RUN_FILE).exists():
-        return
-    kind = (read_json(out / RUN_FILE).get("model") or {}).get("kind")
-    if kind != "predictions":
+    kind = ((read_json(out / RUN_FILE) if (out / RUN_FILE).exists() else {}).get("model") or {}).get("kind")
+    if kind not in (None, "predictions"):
         raise UserError(f"{out} holds answers of a {kind} model: choose another --out")
-    for name in (*(f"{task}.jsonl" for task in TASKS), RUN_FILE, RESULTS_FILE, TABLE_FILE):
-        (out / name).unlink(missing_ok=True)

@@ -9,6 +9,7 @@
 """
 
 import bisect
+import contextlib
 import csv
 import itertools
 import json
@@ -94,15 +95,25 @@ class ParquetTable:
         return self.starts[-1]
 
     def column(self, name: str) -> list[Any]:
-        """All values of one column."""
-        return [value for file in self.files for value in file.read(columns=[name])[name].to_pylist()]
+        """All values of one column.
+
+        Raises:
+            UserError: damaged.
+        """
+        with readable(self.origin):
+            return [value for file in self.files for value in file.read(columns=[name])[name].to_pylist()]
 
     def cell(self, row: int, name: str) -> Any:
-        """One value."""
+        """One value.
+
+        Raises:
+            UserError: damaged.
+        """
         at = bisect.bisect_right(self.starts, row) - 1
         if self._last.get(name, (-1, None))[0] != at:
             number, group = self.groups[at]
-            self._last[name] = at, self.files[number].read_row_group(group, columns=[name])[name]
+            with readable(self.origin):
+                self._last[name] = at, self.files[number].read_row_group(group, columns=[name])[name]
         return self._last[name][1][row - self.starts[at]].as_py()
 
 
@@ -128,6 +139,22 @@ class DatasetTable:
         return self._of_column[name][row : row + 1][name][0].as_py()
 
 
+@contextlib.contextmanager
+def readable(origin: str) -> Iterator[None]:
+    """For reading a file: what goes wrong in the block is that it is damaged; each reader has its own types for that.
+
+    Raises:
+        UserError: it is.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(f"{origin} cannot be read ({reason}): download it again") from error
+
+
 # ---------------------------------------------------------------- opening
 
 
@@ -142,13 +169,8 @@ def open_local(path: Path, split: str, config: str | None = None) -> Table:
     """
     if not path.exists():
         raise UserError(f"there is no {path}: give --data the path of a file or folder")
-    try:
+    with readable(str(path)):
         table = _open_folder(path, split, config) if path.is_dir() else _open_file(path)
-    except UserError:
-        raise
-    except Exception as error:  # each reader has its own types for damaged files
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UserError(f"{path} cannot be read ({reason}): download it again") from error
     if not len(table):
         raise UserError(f"{path} holds no rows: give another file")
     return table
@@ -228,7 +250,7 @@ def _of_split(root: Path, paths: list[Path], split: str) -> list[Path]:
 
 
 def _split_of(path: Path) -> str | None:
-    stem = re.sub(r"[-.]\d{3,}(-of-\d+)?$", "", path.stem)
+    stem = re.sub(r"[-.]\d{3,}(-of-\d+(-[0-9a-f]{8,})?)?$", "", path.stem)  # some bring a digest
     return next((name for name in (stem, *reversed(path.parts[:-1])) if name in SPLITS), None)
 
 

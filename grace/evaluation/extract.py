@@ -5,11 +5,13 @@ lmms-eval's `extract_mcq_answer`), which take a random letter, or any letter at 
 
 1. a letter alone, in any dress: "B", "(b)", "**B**.", full-width;
 2. the whole answer is the text of one option;
-3. the last statement of the kind "the answer is B", "Answer: (B)", "option B", "答案是B", "\\boxed{B}";
-4. a refusal is no answer;
-5. a letter that the answer begins with: "B. a dog", "(B) a dog";
-6. the only letter that stands by itself in the text, if the article "A" and letters inside option texts are left out;
-7. the only option whose text occurs.
+3. the last statement of the kind "the answer is B", "Answer: (B)", "the right option is B", "答案是B", "\\boxed{B}";
+4. the only letter that is chosen, "I would choose B", and no other that the answer begins with;
+5. of the options that are mentioned, "option B", the one that the answer begins with, or else the only one;
+6. a refusal is no answer;
+7. a letter that the answer begins with: "B. a dog", "(B) a dog";
+8. the only letter that stands by itself in the text, if the article "A" and letters inside option texts are left out;
+9. the only option whose text occurs.
 
 A letter or text after "not" does not count, and two answers ("A and B", a list of all options) are none.
 """
@@ -23,7 +25,8 @@ from collections.abc import Iterator, Sequence
 from grace.evaluation.fields import LETTERS
 
 LONGEST = 20_000  # characters that are looked at
-_THINKING = re.compile(r"<think>.*?(?:</think>|$)", re.DOTALL | re.IGNORECASE)
+# Up to the last end: of a model whose template opens it in the prompt, only the end is in the answer.
+_THINKING = re.compile(r"^.*</think>|<think>.*$", re.DOTALL | re.IGNORECASE)
 _TAGS = re.compile(r"</?\s*(?:answer|ans|b|strong|i|em|option|choice)\s*>", re.IGNORECASE)
 _MARKUP = re.compile(r"\*\*|__|`|\$|\\(?:text|mathrm|mathbf|textbf)\b")
 _BOXED = re.compile(r"\\boxed ?\{ ?([^{}]*)\}")
@@ -34,14 +37,20 @@ _BRACKETS = str.maketrans({
 _BRACES = str.maketrans({"{": "(", "}": ")"})
 
 _ALONE = re.compile(r"[\s(\"']*([A-Za-z])[\s)\"'.,:;!]*")
+_COPULA = r"(?:is|are|would be|should be|must be|will be)\b"
+_LETTER = (
+    r"(?:the\b|option\b|choice\b|letter\b|answer\b|most likely\b|probably\b|clearly\b|therefore\b|选项|[:=>\-\s]){0,12}"
+    r"(?P<dress>[(\"'\s]*)(?P<letter>[A-Za-z])(?![A-Za-z0-9'])"
+)
 _STATED = re.compile(
-    r"(?:\b(?:answers?|option|choice|letter)\b\s*(?:(?:is|are|would be|should be|must be|will be)\b)?"
-    r"|\b(?:choose|select|pick|chose|go with|would say|boxed)\b"
-    r"|答案(?:应该)?(?:是|为|选)?|选择?|选项)"
-    r"(?:the\b|option\b|choice\b|letter\b|answer\b|most likely\b|probably\b|clearly\b|therefore\b|[:=>\-\s]){0,12}"
-    r"(?P<dress>[(\"'\s]*)(?P<letter>[A-Za-z])(?![A-Za-z0-9'])",
+    rf"(?:\b(?:answers?|letter)\b\s*(?:{_COPULA})?|\b(?:option|choice)\b\s*(?:{_COPULA}|[:=])|\bboxed\b"
+    rf"|答案(?:应该)?(?:是|为|选)?|选项(?:应该)?(?:是|为|[:=])){_LETTER}",
     re.IGNORECASE,
 )
+_CHOSEN = re.compile(
+    rf"(?:\b(?:choose|select|pick|chose|go with|would say)\b|选择?(?!项)){_LETTER}", re.IGNORECASE
+)
+_MENTIONED = re.compile(rf"(?:\b(?:option|choice)\b|选项){_LETTER}", re.IGNORECASE)
 _LEADING = re.compile(
     r"\(\s*([A-Za-z])\s*\)|([A-Za-z])\s*[).:](?![A-Za-z]\.)|([A-Z])(?=\s*(?:\n|$|,|;)|\s[\-\u2013\u2014]\s)"
 )
@@ -53,8 +62,8 @@ _JOINED = re.compile(
     r"[)\"'\s]*(?:,?\s*\b(?:and|or|nor)\b|[,/&+]|和|或|与)\s*(?:option\s)?[(\"']*([A-Za-z])(?![A-Za-z0-9'])",
     re.IGNORECASE,
 )
-_FOLLOWED = re.compile(r"\s+[a-z]")
-_AFTER_ANSWER = re.compile(r"\s+(?:because|since|as|is|and|or|for|which|due|based|given|from|in|with)\b")
+_FOLLOWED = re.compile(r" [a-z]")
+_AFTER_ANSWER = re.compile(r" (?:because|since|as|is|and|or|for|which|due|based|given|from|in|with)\b")
 _NEGATED = re.compile(
     r"(?:\bnot|n't|\bneither|\bnor|\brather than|\binstead of|\bunlike|不是|不选|而非)"
     r"(?:\s*(?:the|an?|option|answer|is)\b)*[(\"'\s]*$",
@@ -87,13 +96,16 @@ def letter(answer: str, choices: Sequence[str]) -> str | None:
     same = [mark for mark, choice in zip(known, wanted, strict=True) if choice and choice == _folded(text)]
     if len(same) == 1:
         return same[0]
-    stated = list(_stated(text, known, wanted))
-    if stated:
+    if stated := list(_named(_STATED, text, known, wanted)):
         return stated[-1]
+    leading = _leading(text, known)
+    if chosen := set(_named(_CHOSEN, text, known, wanted)):
+        return _only(chosen | leading)
+    if mentioned := set(_named(_MENTIONED, text, known, wanted)):
+        return _only(leading) or _only(mentioned)
     if _REFUSAL.search(text) and not any(_REFUSAL.search(choice) for choice in choices):
         return None
-    found = _leading(text, known) or _standing(_masked(text, wanted), known) or _by_text(text, known, wanted)
-    return found.pop() if len(found) == 1 else None
+    return _only(leading or _standing(_masked(text, wanted), known) or _by_text(text, known, wanted))
 
 
 def yes_no(answer: str) -> str | None:
@@ -119,9 +131,13 @@ def plain(answer: str) -> str:
 # ---------------------------------------------------------------- the rules
 
 
-def _stated(text: str, known: str, wanted: Sequence[str]) -> Iterator[str | None]:
+def _only(found: set[str] | set[str | None]) -> str | None:
+    return next(iter(found)) if len(found) == 1 else None
+
+
+def _named(pattern: re.Pattern[str], text: str, known: str, wanted: Sequence[str]) -> Iterator[str | None]:
     """What each explicit statement says; None where it names two letters."""
-    for match in _STATED.finditer(text):
+    for match in pattern.finditer(text):
         mark, end, start = match["letter"], match.end(), match.start("letter")
         if mark.upper() not in known or _denied(text, start, end):
             continue

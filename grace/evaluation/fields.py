@@ -79,6 +79,8 @@ class Fields:
                 self.wrong(row, name, f"expected a list, found {_shown(value)}")
         if not isinstance(value, list | tuple):
             self.wrong(row, name, f"expected a list, found {_shown(value)}")
+        if missing := [one for one in value if one is None or isinstance(one, list | dict | bytes)]:
+            self.wrong(row, name, f"expected a list of texts, found {_shown(missing[0])} in it")
         return [_plain(one) for one in value]
 
     def letter(self, row: int, name: str, choices: Sequence[str], index: bool = False) -> str:

@@ -14,7 +14,7 @@ from grace.evaluation.answers import Answerer, FileAnswerer
 from grace.evaluation.dataset import Table, open_hub, open_local
 from grace.evaluation.judge import judged, scores
 from grace.evaluation.pictures import Pictures
-from grace.evaluation.question import HARNESS, Question, Sample, Task
+from grace.evaluation.question import HARNESS, Picture, Question, Sample, Task
 from grace.evaluation.store import SampleFile, answered
 from grace.evaluation.tasks import TASKS
 
@@ -71,8 +71,7 @@ def prepare(task: Task, given: Mapping[str, str], root: Path | None, limit: int 
         families = list(dict.fromkeys(task.family(question) for question in questions))[:limit]
         kept = set(families)
         questions = [question for question in questions if task.family(question) in kept]
-    digest = hashlib.sha256("".join(question.prompt_sha256 for question in questions).encode()).hexdigest()
-    data = {"source": table.origin, "sha256": digest, "left_out": dict(left_out), "limit": limit}
+    data = {"source": table.origin, "left_out": dict(left_out), "limit": limit}
     return Asked(task, questions, Pictures(table), data)
 
 
@@ -129,38 +128,61 @@ def run_task(
     todo = [question for question in asked.questions if question.id not in done]
     if done and todo:
         print(f"{task.name}: {len(done)} of {len(asked.questions)} are already answered", file=sys.stderr)
-    groups = checked_groups(task, todo, asked.pictures, advance)
+    pictures = checked_pictures(asked, todo, advance)
+    require_same_pictures(file, done, pictures)
     for batch in batched(todo, batch_size):
-        needed = not isinstance(answerer, FileAnswerer)
-        images = [
-            [asked.pictures.image(picture) for picture in question.pictures if needed] for question in batch
-        ]
+        images = [[asked.pictures.image(picture) for picture in question.pictures] for question in batch]
         outputs = answerer.answer(batch, images)
-        samples = [judged(q, output, groups[q.id]) for q, output in zip(batch, outputs, strict=True)]
+        samples = [judged(q, output, pictures[q.id]) for q, output in zip(batch, outputs, strict=True)]
         file.add(samples)
         done |= {sample.id: sample for sample in samples}
         advance(task.name, len(done), len(asked.questions))
-    return entry(task, [done[question.id] for question in asked.questions], asked.data)
+    return entry(asked, [done[question.id] for question in asked.questions])
 
 
-def checked_groups(
-    task: Task, questions: Sequence[Question], pictures: Pictures, advance: Advance
-) -> dict[str, str]:
-    """The group of each question; every picture is decoded once, so that a damaged one is found before the first answer.
+def judge_given(asked: Asked, answerer: FileAnswerer, advance: Advance) -> list[Sample]:
+    """The samples of answers that are already there.
+
+    Raises:
+        UserError: a picture that cannot be read.
+    """
+    pictures = checked_pictures(asked, asked.questions, advance)
+    outputs = answerer.answer(asked.questions, [])
+    return [judged(q, output, pictures[q.id]) for q, output in zip(asked.questions, outputs, strict=True)]
+
+
+def checked_pictures(asked: Asked, todo: Sequence[Question], advance: Advance) -> dict[str, tuple[str, ...]]:
+    """Of each question the digests of its pictures; all of `todo` are decoded once, so that a damaged one is found before
+    the first answer.
 
     Raises:
         UserError: one cannot be.
     """
-    digests: dict[Any, str] = {}
-    groups = {}
-    for number, question in enumerate(questions):
+    needed = {picture for question in todo for picture in question.pictures}
+    digests: dict[Picture, str] = {}
+    for number, question in enumerate(asked.questions):
         for picture in question.pictures:
             if picture not in digests:
-                digests[picture] = pictures.digest(picture)
-        first = digests[question.pictures[0]] if question.pictures else question.id
-        groups[question.id] = first if question.group is None else question.group
-        advance(f"{task.name} pictures", number + 1, len(questions))
-    return groups
+                digests[picture] = asked.pictures.digest(picture)
+                if picture in needed:
+                    asked.pictures.image(picture)
+        advance(f"{asked.task.name} pictures", number + 1, len(asked.questions))
+    return {question.id: tuple(digests[p] for p in question.pictures) for question in asked.questions}
+
+
+def require_same_pictures(
+    file: SampleFile, done: Mapping[str, Sample], pictures: Mapping[str, Sequence[str]]
+) -> None:
+    """What was answered was about these pictures.
+
+    Raises:
+        UserError: it was not.
+    """
+    for sample in done.values():
+        if sample.pictures != " ".join(pictures[sample.id]):
+            raise UserError(
+                f"{file.path} holds the answer to id {sample.id!r} about another picture: choose another --out"
+            )
 
 
 def batched(questions: Sequence[Question], size: int) -> Iterator[list[Question]]:
@@ -170,15 +192,17 @@ def batched(questions: Sequence[Question], size: int) -> Iterator[list[Question]
         yield batch
 
 
-def entry(task: Task, samples: Sequence[Sample], data: Mapping[str, Any]) -> dict[str, Any]:
-    """A task's part of results.json."""
+def entry(asked: Asked, samples: Sequence[Sample]) -> dict[str, Any]:
+    """A task's part of results.json; `data.sha256` is the same where questions, ids and pictures are."""
+    task = asked.task
+    lines = "".join(f"{sample.id}\0{sample.prompt_sha256}\0{sample.pictures}\n" for sample in samples)
     return {
         **scores(task, samples),
         "title": task.title,
         "source": task.source,
         "spec": task.spec(),
         "spec_sha256": task.spec_sha256,
-        "data": dict(data),
+        "data": {**asked.data, "sha256": hashlib.sha256(lines.encode("utf-8", "replace")).hexdigest()},
     }
 
 

@@ -7,9 +7,14 @@ from grace.evaluation import extract, open_answer, stats
 from grace.evaluation.question import Question, Sample, Task, Unit
 
 
-def judged(question: Question, output: str, group: str) -> Sample:
-    """The sample that an output makes; an answer that cannot be read is wrong."""
+def judged(question: Question, output: str, pictures: Sequence[str]) -> Sample:
+    """The sample that an output makes; an answer that cannot be read is wrong.
+
+    Args:
+        pictures: a digest of each of the question's.
+    """
     extracted, correct = read(question, output)
+    first = pictures[0] if pictures else question.id
     return Sample(
         question.id,
         question.prompt_sha256,
@@ -17,8 +22,9 @@ def judged(question: Question, output: str, group: str) -> Sample:
         extracted,
         " | ".join(question.gold),
         correct,
-        group,
+        first if question.group is None else question.group,
         question.labels,
+        " ".join(pictures),
     )
 
 
@@ -26,7 +32,8 @@ def read(question: Question, output: str) -> tuple[str | None, bool]:
     """What is read from an output, and whether it is right."""
     if question.kind == "open":
         found = open_answer.candidates(extract.plain(output))
-        return " | ".join(map(str, found)) or None, open_answer.matches(found, question.gold)
+        gold = (*question.gold, *map(extract.plain, question.gold))  # as the output is written, too
+        return " | ".join(map(str, found)) or None, open_answer.matches(found, gold)
     if question.kind == "exact":
         found = output.strip() or None
     elif question.kind == "yes_no":

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from grace.evaluation.dataset import Table
 
 # Goes up whenever a rule of this package changes that can change a score: of extraction, of counting, of a prompt.
-HARNESS = 1
+HARNESS = 2
 MCQ_RULES = "grace-letter-1"
 YES_NO_RULES = "grace-yes-no-1"
 OPEN_RULES = "mmmu-open-1"
@@ -73,6 +73,7 @@ class Sample:
     Attributes:
         output: what the model said.
         extracted: what was read from it; None where nothing could be.
+        pictures: short digests of the question's pictures, with a space between.
     """
 
     id: str
@@ -83,6 +84,7 @@ class Sample:
     correct: bool
     group: str
     labels: Mapping[str, str]
+    pictures: str = ""
 
 
 @dataclass(frozen=True)

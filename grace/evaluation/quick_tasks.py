@@ -11,7 +11,7 @@ from typing import Any
 
 from grace.errors import UserError
 from grace.evaluation.batch_answers import STEP, greedy_answers
-from grace.evaluation.harness import Asked, batched, checked_groups, data_paths, prepare
+from grace.evaluation.harness import Asked, batched, checked_pictures, data_paths, prepare
 from grace.evaluation.judge import judged
 from grace.evaluation.tasks import task_named
 from grace.runtime.decoder import Decoder
@@ -39,7 +39,7 @@ class QuickTasks:
             )
         self.asked = [prepare(task_named(name), paths, None, limit, Path()) for name in names]
         for one in self.asked:
-            checked_groups(one.task, one.questions, one.pictures, lambda name, done, total: None)
+            checked_pictures(one, one.questions, lambda name, done, total: None)
 
     def sums(self, model: Any, processor: Any, rank: int = 0, ranks: int = 1) -> list[float]:
         """Of each task the sum of the primary metric over this process's share, and what it is the sum of."""
@@ -60,6 +60,6 @@ def _sums(one: Asked, decoder: Decoder, processor: Any, rank: int, ranks: int) -
         images = [[one.pictures.image(picture) for picture in question.pictures] for question in batch]
         prompts = [question.prompt for question in batch]
         outputs = greedy_answers(decoder, processor, prompts, images, one.task.decoding.max_new_tokens)
-        samples += [judged(q, output, q.id) for q, output in zip(batch, outputs, strict=True)]
+        samples += [judged(q, output, ()) for q, output in zip(batch, outputs, strict=True)]
     units = one.task.measure(samples)[one.task.primary]
     return sum(unit.value for unit in units), float(len(units))

@@ -14,6 +14,7 @@ from typing import Any
 
 from grace.errors import UserError
 from grace.evaluation.question import Question, Sample, Task
+from grace.evaluation.tasks import TASKS
 from grace.files import sync, write_text
 
 RUN_FILE, RESULTS_FILE, TABLE_FILE = "run.json", "results.json", "results.md"
@@ -26,7 +27,7 @@ def claim(out: Path, model: Mapping[str, Any], tasks: Sequence[Task]) -> None:
     Raises:
         UserError: it holds answers of another model, or to a task as it was asked otherwise.
     """
-    known = read_json(out / RUN_FILE) if (out / RUN_FILE).exists() else {"model": dict(model), "specs": {}}
+    known = _begun(out) or {"model": dict(model), "specs": {}}
     before = known["model"]
     if identity(before) != identity(model):
         differ = [name for name in identity(model) if before.get(name) != model[name]]
@@ -41,6 +42,36 @@ def claim(out: Path, model: Mapping[str, Any], tasks: Sequence[Task]) -> None:
                 f"{task.spec_sha256[:12]}): choose another --out"
             )
     write_text(out / RUN_FILE, json.dumps(known, indent=1) + "\n")
+
+
+def replace_answers(
+    out: Path, model: Mapping[str, Any], answers: Sequence[tuple[Task, Sequence[Sample]]]
+) -> None:
+    """Puts complete answers in the place of all that are in a directory, but those of the same model to other tasks.
+
+    Raises:
+        UserError: the directory cannot be read.
+    """
+    known = _begun(out)
+    if known is None or identity(known["model"]) != identity(model):
+        known = {"model": dict(model), "specs": {}}
+    (out / RESULTS_FILE).unlink(missing_ok=True)  # first: whatever a kill leaves has no scores
+    (out / TABLE_FILE).unlink(missing_ok=True)
+    for name in set(TASKS) - set(known["specs"]):
+        (out / f"{name}.jsonl").unlink(missing_ok=True)
+    for task, samples in answers:
+        write_text(out / f"{task.name}.jsonl", "".join(map(_line, samples)))
+        known["specs"][task.name] = task.spec_sha256
+    write_text(out / RUN_FILE, json.dumps(known, indent=1) + "\n")
+
+
+def _begun(out: Path) -> dict[str, Any] | None:
+    """What run.json says, of tasks that have answers; None where there are none yet."""
+    if not (out / RUN_FILE).exists():
+        return None
+    known = read_json(out / RUN_FILE)
+    specs = {name: spec for name, spec in known["specs"].items() if (out / f"{name}.jsonl").exists()}
+    return {**known, "specs": specs} if specs else None
 
 
 def identity(model: Mapping[str, Any]) -> dict[str, Any]:
@@ -85,13 +116,14 @@ class SampleFile:
     def add(self, samples: Iterable[Sample]) -> None:
         """Appends samples; they are on disk when this returns."""
         with self.path.open("ab") as file:
-            for sample in samples:
-                file.write(
-                    json.dumps(dataclasses.asdict(sample), ensure_ascii=False).encode("utf-8", "replace")
-                    + b"\n"
-                )
+            file.writelines(_line(sample).encode() for sample in samples)
             file.flush()
             os.fsync(file.fileno())
+
+
+def _line(sample: Sample) -> str:
+    text = json.dumps(dataclasses.asdict(sample), ensure_ascii=False)
+    return text.encode("utf-8", "replace").decode() + "\n"
 
 
 def read_samples(path: Path) -> list[Sample]:
@@ -108,8 +140,8 @@ def read_samples(path: Path) -> list[Sample]:
     for number, line in enumerate(lines[:-1] if lines and not lines[-1] else lines):
         try:
             values = json.loads(line)
-            samples.append(Sample(**{name: values[name] for name in _FIELDS}))
-        except (ValueError, KeyError, TypeError) as error:
+            samples.append(Sample(**{name: values[name] for name in _FIELDS & values.keys()}))
+        except (ValueError, AttributeError, TypeError) as error:
             raise UserError(
                 f"{path}: line {number + 1} is damaged ({error}): remove the file to answer again"
             ) from error

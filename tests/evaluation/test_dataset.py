@@ -42,6 +42,7 @@ DAMAGED = {
     "gold neither 0 nor 1": ("hallusionbench", changed("hallusionbench", 4, gt_answer="yes"), ["row 4", "column gt_answer"]),
     "picture gone": ("hallusionbench", changed("hallusionbench", 3, image=None), ["row 3", "column image"]),
     "options not spelled": ("mmmu", changed("mmmu", 0, options="['$10', "), ["row 0", "column options"]),
+    "option missing": ("mmmu", changed("mmmu", 0, options=["x", None]), ["row 0", "column options", "found nothing"]),
     "picture named, not there": ("mmmu", changed("mmmu", 1, image_3=None), ["row 1", "column image_3", "<image 3>"]),
     "type": ("mmmu", changed("mmmu", 2, question_type="essay"), ["row 2", "column question_type", "essay"]),
     "id": ("mmmu", changed("mmmu", 2, id="17"), ["row 2", "column id"]),
@@ -104,6 +105,9 @@ def test_a_folder_gives_the_files_of_the_wanted_split_and_configuration(tmp_path
     assert len(open_local(tmp_path / "a", "test", "ScienceQA-IMG")) == 1
     with pytest.raises(UserError, match="no files of split validation"):
         open_local(tmp_path / "a", "validation", "ScienceQA-IMG")
+    for name, count in (("test", 2), ("train", 3)):  # as derek-thomas/ScienceQA has them
+        write(rows[:count], tmp_path / "c/data" / f"{name}-00000-of-00001-f0e719df791966ff.parquet")
+    assert len(open_local(tmp_path / "c", "test")) == 2
     for part in range(2):
         write(rows[part : part + 2], tmp_path / "b" / f"{part:04d}.parquet")
     table = open_local(tmp_path / "b", "test")
@@ -113,6 +117,17 @@ def test_a_folder_gives_the_files_of_the_wanted_split_and_configuration(tmp_path
         1,
         2,
     ]
+
+
+def test_damaged_pages_are_found_when_they_are_read(tmp_path):
+    path = write(ROWS["mmstar"](), tmp_path / "x.parquet")
+    content = bytearray(path.read_bytes())
+    content[4:1000] = b"\xff" * 996  # the footer, and with it the opening, stays right
+    path.write_bytes(content)
+    table = open_local(path, "val")
+    for read in (table.column, lambda name: table.cell(0, name)):
+        with pytest.raises(UserError, match=r"x.parquet cannot be read \(.*\): download it again"):
+            read(table.columns[0])
 
 
 def test_a_saved_dataset_of_several_splits(tmp_path):

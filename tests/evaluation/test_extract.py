@@ -49,6 +49,13 @@ LETTERS = {
     "A. On the whole B. is not right": "A", "Answer: I think B": "B", "I think the answer is b because it barks": "B", "the correct choice is c, the red one": "C",
     "the answer is a since it meows": "A", "B选项": "B", "我选择B。": "B", '{"answer": "B"}': "B", "\\(B\\)": "B", "Answer: A dog is there": "B",
     "B B B": "B", "Looking at A and B, I would say A.": "A", "I would say a dog": "B", "None of the options": None, "Option (B) and (C)": None, "答案是A和B": None, "I select a dog": "B", "Bad": None, "Dog": None, "ABCD": None, "Both": None,
+    # an explanation that names other options
+    "The answer is (A). Choice (D) refers to a plant.": "A", "The correct answer is A. Option B is for dogs, option C is for cars.": "A",
+    "A. Option B shows a dog.": "A", "**Answer: A**\n\nOption B: there is no dog here.": "A", "A\n\nExplanation: Option C would need wheels.": "A",
+    "The answer is A. If we choose B, the tail would be longer.": "A", "正确答案是A。选项B是狗，图中没有。": "A", "Option A. Option B is too large.": None,
+    "I would choose B. Option A shows a cat.": "B", "Option C is too small, so I choose D.": "D", "A. One might pick B.": None,
+    "I pick B, or rather I pick C": None, "Option B: it barks": "B", "Option: B": "B", "正确选项是B": "B", "我选B，选项A不对": "B",
+    "Answer: A\nthe picture shows an animal": "A", "it may be A or C...</think>\n\nB": "B", "<think>A</think><think>C</think>D": "D",
 }  # fmt: skip
 
 
@@ -102,7 +109,7 @@ def test_letters_of_other_options(answer, choices, expected):
     [
         ("Yes", "yes"), ("no", "no"), ("Yes.", "yes"), ("**No**", "no"), ("Yes, there is no dog.", "yes"), ("No, yes is wrong", "no"),
         ("The answer is yes.", "yes"), ("There is no dog", "no"), ("I would say yes or no", None), ("", None), ("Maybe", None),
-        ("Nothing is known", None), ("Yesterday", None), ("YES!", "yes"), ("Ｙｅｓ。", "yes"), ("not at all", None), ("<think>no</think>yes", "yes"),
+        ("Nothing is known", None), ("Yesterday", None), ("YES!", "yes"), ("Ｙｅｓ。", "yes"), ("not at all", None), ("<think>no</think>yes", "yes"), ("no</think>Yes", "yes"),
     ],
 )  # fmt: skip
 def test_yes_and_no(answer, expected):

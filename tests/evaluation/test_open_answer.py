@@ -4,7 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from grace.evaluation.judge import read
 from grace.evaluation.open_answer import candidates, matches, normalized
+from grace.evaluation.question import Question
 
 
 @pytest.mark.parametrize(
@@ -20,6 +22,14 @@ from grace.evaluation.open_answer import candidates, matches, normalized
 )  # fmt: skip
 def test_open_answers(answer, gold, right):
     assert matches(candidates(answer), gold) is right
+
+
+@pytest.mark.parametrize(
+    "gold", ["$1,000", "$\\frac{1}{2}$", "[2, 3]", "CO₂", "x²", "L\u2019Orfeo", "µm", "**bold**"]
+)
+def test_a_right_answer_may_have_markup(gold):
+    asked = Question("1", "p", (), (), (gold,), kind="open")
+    assert read(asked, f"The answer is {gold}")[1] and not read(asked, "something else")[1]
 
 
 def test_numbers_are_told_from_words():

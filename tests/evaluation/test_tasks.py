@@ -203,21 +203,34 @@ def test_hallusionbench_asks_without_a_picture_where_there_is_none(tmp_path):
     assert asked[0].prompt == "Is 0.0 so? Please answer yes or no." and asked[0].pictures == ()
 
 
-def test_rows_without_ids_are_named_by_their_number(tmp_path, capsys):
+@pytest.mark.parametrize("name", ["hallusionbench", "mmmu"])
+def test_rows_without_ids_are_named_by_their_number(name, tmp_path, capsys):
     """HallusionBench has none of its own: the authors' name for a question, or its row."""
-    data = write(ROWS["hallusionbench"](), tmp_path / "rows.parquet")
-    outputs = {str(row): answer for row, answer in enumerate(ANSWERS["hallusionbench"][0].values())}
-    predictions = write_predictions(tmp_path / "answers.jsonl", outputs)
-    arguments = [
-        "--predictions",
-        str(predictions),
-        "--tasks",
-        "hallusionbench",
-        "--data",
-        f"hallusionbench={data}",
-    ]
-    task = evaluated([*arguments, "--out", str(tmp_path / "out")], capsys)["tasks"]["hallusionbench"]
-    assert task["metrics"]["qAcc"]["score"] == pytest.approx(1 / 3)
+    data = write(ROWS[name](), tmp_path / "rows.parquet")
+    of_id, by_row = ANSWERS[name][0], tmp_path / "by_row.jsonl"
+    write_predictions(by_row, {str(row): answer for row, answer in enumerate(of_id.values())})
+    by_id = write_predictions(tmp_path / "by_id.jsonl", of_id)
+    one, other = (
+        evaluated(["--predictions", str(path), "--tasks", name, "--data", f"{name}={data}", "--out", str(tmp_path / path.stem)], capsys)
+        for path in (by_id, by_row)
+    )  # fmt: skip
+    assert one["tasks"] == other["tasks"] and 0 < one["tasks"][name]["score"] < 1
+
+
+def test_mmbench_may_number_its_rows_as_it_likes(tmp_path, capsys):
+    """With `g_index`, the row that another one is a rotation of."""
+    rows = ROWS["mmbench"]()
+    place = {row["index"]: number for number, row in enumerate(rows)}
+    outputs = {str(place[int(index)]): answer for index, answer in ANSWERS["mmbench"][0].items()}
+    for row in rows:
+        row |= {"index": place[row["index"]], "g_index": place[row["index"] % MILLION]}
+        if len(row["image"]) < 9:
+            row["image"] = str(place[int(row["image"])])
+    data = write(rows, tmp_path / "rows.tsv")
+    answers = write_predictions(tmp_path / "answers.jsonl", outputs)
+    task = evaluated(["--predictions", str(answers), "--tasks", "mmbench", "--data", f"mmbench={data}",
+                      "--out", str(tmp_path / "out")], capsys)["tasks"]["mmbench"]  # fmt: skip
+    assert (task["metric"], task["n"], task["questions"]) == ("circular", 2, 6)
 
 
 @pytest.mark.parametrize("name", TASKS)

@@ -28,6 +28,7 @@ from grace.evaluation.question import (
 
 ROTATION = 1_000_000
 MOST_OPTIONS = "ABCDE"
+LONGEST_INDEX = 20  # digits
 REFERENCE = 64  # a shorter text in `image` is the index of the row that holds the picture
 PROMPT = "<image>\n{hint}{question} There are several options:\n{options}\n\nAnswer with the option's letter from the given choices directly."
 
@@ -80,7 +81,7 @@ def _asked(
 
 def _index(fields: Fields, row: int, name: str = "index") -> int:
     text = fields.text(row, name)
-    if not (text.isascii() and text.isdigit()):
+    if not (text.isascii() and text.isdigit() and len(text) < LONGEST_INDEX):
         fields.wrong(row, name, f"expected a whole number, found {text!r}")
     return int(text)
 

@@ -51,7 +51,14 @@ def _asked(fields: Fields, row: int) -> Question:
     text, pictures = _with_pictures(fields, row, text)
     read = "letter" if choices else "open"
     return Question(
-        name, text, pictures, tuple(choices), gold, labels={"subject": subject[1], "type": kind}, kind=read
+        name,
+        text,
+        pictures,
+        tuple(choices),
+        gold,
+        labels={"subject": subject[1], "type": kind},
+        kind=read,
+        row=row,
     )
 
 
