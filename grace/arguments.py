@@ -62,6 +62,13 @@ def add_teacher_cache(parser: Parser) -> None:
     add_json(parser)
 
 
+def text(value: str) -> str:
+    """For `type=`: a text, which bytes of another encoding are not."""
+    if value != value.encode(errors="replace").decode():  # half of a surrogate pair: undecoded bytes
+        raise argparse.ArgumentTypeError("it is not UTF-8")
+    return value
+
+
 def integer(low: int) -> Callable[[str], int]:
     """An argument type: a whole number, at least `low`."""
 

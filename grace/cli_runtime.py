@@ -3,8 +3,9 @@
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from grace.arguments import add, add_json, integer, number
+from grace.arguments import add, add_json, integer, number, text
 from grace.errors import Parser
 
 # Copies of names in grace.runtime: importing it costs seconds. A test keeps them equal.
@@ -23,8 +24,10 @@ def add_generate(commands: "argparse._SubParsersAction[Parser]", kernels: Sequen
         "--image", nargs="+", action="extend", default=[], metavar="PICTURE",
         help="files, http(s) URLs or - for standard input, in order; one or many",
     )  # fmt: skip
-    parser.add_argument("--prompt", metavar="TEXT", help="may place each picture with <image>")
-    parser.add_argument("--system", metavar="TEXT", help="a system message before the conversation")
+    parser.add_argument("--prompt", type=text, metavar="TEXT", help="may place each picture with <image>")
+    parser.add_argument(
+        "--system", type=text, metavar="TEXT", help="a system message before the conversation"
+    )
     ways = parser.add_argument_group("instead of one prompt")
     ways.add_argument("--chat", action="store_true", help="a conversation, line by line; /help says more")
     ways.add_argument(
@@ -36,7 +39,9 @@ def add_generate(commands: "argparse._SubParsersAction[Parser]", kernels: Sequen
         help="where --batch appends its answers as JSON lines; run again, it goes on after what is there",
     )  # fmt: skip
     _add_sampling(parser)
-    _add_running(parser, kernels)
+    _add_running(parser, kernels).add_argument(
+        "--context", type=integer(2), metavar="N", help="tokens of prompt, pictures and answer; default: as needed"
+    )  # fmt: skip
     parser.add_argument(
         "--rows", type=integer(1), metavar="N", help="requests of --batch decoded together; default: 4"
     )
@@ -66,6 +71,7 @@ def _add_sampling(parser: Parser) -> None:
     group.add_argument("--seed", type=integer(0), help="makes sampling repeatable")
     group.add_argument(
         "--stop",
+        type=text,
         action="append",
         default=[],
         metavar="TEXT",
@@ -73,7 +79,7 @@ def _add_sampling(parser: Parser) -> None:
     )
 
 
-def _add_running(parser: Parser, kernels: Sequence[str]) -> None:
+def _add_running(parser: Parser, kernels: Sequence[str]) -> Any:
     group = parser.add_argument_group("running")
     group.add_argument(
         "--kernel", choices=kernels, default="auto", help="for packed layers; default: %(default)s"
@@ -82,13 +88,8 @@ def _add_running(parser: Parser, kernels: Sequence[str]) -> None:
         "--head", choices=HEADS, default="bf16",
         help="the output layer: as stored, or rounded to 8 or 4 bits while loading; default: %(default)s",
     )  # fmt: skip
-    group.add_argument(
-        "--context",
-        type=integer(2),
-        metavar="N",
-        help="tokens of prompt, pictures and answer; default: as needed",
-    )
     group.add_argument("--device", metavar="NAME", help="cpu, cuda or cuda:1; default: cpu")
+    return group
 
 
 def add_bench(commands: "argparse._SubParsersAction[Parser]", kernels: Sequence[str]) -> None:

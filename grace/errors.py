@@ -5,7 +5,10 @@ job script starts the same command again. Anything else is our mistake: the trac
 """
 
 import argparse
+import io
 import os
+import select
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -59,9 +62,11 @@ def told(error: UserError) -> str:
 
 
 def run_command(command: Callable[[], int | None]) -> int:
-    """Runs `command` and turns its outcome into a process exit code (0, 1, 2, 75 or 130)."""
+    """Runs `command` and turns its outcome into a process exit code (0, 1, 2, 75, 130 or 141)."""
     try:
-        return command() or 0
+        code = command() or 0
+        sys.stdout.flush()
+        return code
     except Told:
         return 2
     except UserError as error:
@@ -75,5 +80,27 @@ def run_command(command: Callable[[], int | None]) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     except Exception:  # noqa: BLE001 - the last line of defence, with the trace
+        if (fault := _output_fault()) is not None:
+            return fault
         traceback.print_exc()
         return 1
+
+
+def _output_fault() -> int | None:
+    """The exit code if standard output takes nothing any more, which is said unless its reader has gone; else None."""
+    try:
+        sys.stdout.flush()
+        watched = select.poll()
+        watched.register(sys.stdout.fileno(), 0)
+        if not any(event & select.POLLERR for _, event in watched.poll(0)):
+            return None
+        code = 128 + signal.SIGPIPE  # as a shell has it
+    except io.UnsupportedOperation:  # no file, as in a test
+        return None
+    except BrokenPipeError:
+        code = 128 + signal.SIGPIPE
+    except OSError as error:
+        print(f"error: standard output cannot be written ({error.strerror})", file=sys.stderr)
+        code = 2
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at Python's end
+    return code

@@ -1,5 +1,10 @@
 """Exit codes, and what each kind of failure says."""
 
+import errno
+import os
+import subprocess
+import sys
+
 import pytest
 
 from grace.errors import Parser, UserError, run_command
@@ -27,6 +32,32 @@ def test_our_fault_shows_its_trace_and_exit_code_1(capsys) -> None:
     assert run_command(failing(ZeroDivisionError("oh"))) == 1
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("Traceback") and err.endswith("ZeroDivisionError: oh\n")
+
+
+@pytest.mark.parametrize(
+    ("failing", "size", "code", "said"),
+    [
+        (errno.EPIPE, 10, 141, ""),
+        (errno.EPIPE, 100_000, 141, ""),
+        (errno.ENOSPC, 10, 2, "No space left on device"),
+    ],
+)
+def test_an_output_that_takes_nothing_is_no_fault_of_ours(
+    failing: int, size: int, code: int, said: str
+) -> None:
+    """As with `| head -c 1`, or a full disk behind `>`."""
+    program = f"import sys; from grace.errors import run_command; sys.exit(run_command(lambda: print('x' * {size})))"
+    read, write = os.pipe()
+    os.close(read)
+    with open("/dev/full", "w") if failing == errno.ENOSPC else os.fdopen(write, "w") as output:
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            stdout=output,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONUNBUFFERED": ""},
+        )
+    assert done.returncode == code and said in done.stderr and done.stderr.count("\n") == bool(said)
 
 
 def test_interruption_is_no_failure_of_ours(capsys) -> None:

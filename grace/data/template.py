@@ -24,6 +24,7 @@ from grace.errors import UserError
 CHAT_TEMPLATE = Path(__file__).with_name("chat_template.jinja").read_text(encoding="utf-8")
 
 IGNORED = -100  # label of every position that is not supervised
+PROMPT = "prompt"  # in the place of a record's id
 IMAGE_TOKEN_TYPE = 1  # value of mm_token_type_ids at image tokens
 
 
@@ -104,7 +105,7 @@ def encode_prompt(turns: Sequence[Turn], images: Sequence[Image.Image], processo
     """
     if fault := check_marks(tuple(turns), len(images)):
         raise UserError(f"the prompt has {fault}: write one {IMAGE_MARK} for each image")
-    return _encode(turns, images, processor, "prompt", prompt=True)
+    return _encode(turns, images, processor, PROMPT, prompt=True)
 
 
 def encode_pixels(image: Image.Image, processor: Any) -> Pixels:
@@ -113,7 +114,7 @@ def encode_pixels(image: Image.Image, processor: Any) -> Pixels:
     Raises:
         UserError: a shape that the image processor refuses.
     """
-    pixel_values_PD, image_grid_thw_13 = _pixels([image], processor, "prompt")
+    pixel_values_PD, image_grid_thw_13 = _pixels([image], processor, PROMPT)
     assert pixel_values_PD is not None and image_grid_thw_13 is not None  # there is a picture
     return Pixels(pixel_values_PD, image_grid_thw_13)
 
@@ -128,14 +129,14 @@ def encode_messages(messages: Sequence[Message], pixels: Sequence[Pixels], proce
         raise ValueError(f"{places} places for {len(pixels)} pictures")
     pixel_values_PD = torch.cat([one.pixel_values_PD for one in pixels]) if pixels else None
     image_grid_thw_N3 = torch.cat([one.image_grid_thw_13 for one in pixels]) if pixels else None
-    return _assemble(messages, pixel_values_PD, image_grid_thw_N3, processor, "prompt", prompt=True)
+    return _assemble(messages, pixel_values_PD, image_grid_thw_N3, processor, PROMPT, prompt=True)
 
 
 def encode_ids(ids: Sequence[int]) -> Sample:
     """A prompt of text tokens that is no conversation."""
     input_ids_L = torch.tensor(ids)
     labels_L = torch.full_like(input_ids_L, IGNORED)
-    return Sample(input_ids_L, labels_L, torch.zeros_like(input_ids_L), None, None, "prompt")
+    return Sample(input_ids_L, labels_L, torch.zeros_like(input_ids_L), None, None, PROMPT)
 
 
 def text_ids(text: str, processor: Any) -> list[int]:
@@ -246,6 +247,8 @@ def _pixels(
     try:
         pixels = image_processor(images=list(images), do_resize=resize, return_tensors="pt")
     except ValueError as error:  # extreme aspect ratios
+        if record_id == PROMPT:
+            raise UserError(f"a picture cannot be used ({error}): give another") from error
         raise UserError(
             f"record {record_id}: an image cannot be used ({error}): replace it or drop the record"
         ) from error

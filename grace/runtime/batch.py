@@ -26,6 +26,7 @@ from grace.runtime.sampling import Sampling
 
 ROWS = 4  # decoded together unless told otherwise
 _SETTINGS = {field.name for field in fields(Sampling)}
+_ANSWER = b'{"id": '  # what its line begins with
 _ROLES = ("system", "user", "assistant")
 
 
@@ -47,6 +48,8 @@ class Request:
 def run_batch(args: argparse.Namespace, sampling: Sampling) -> int:
     """Entry point of `grace generate --batch`."""
     requests = read_requests(args.batch, sampling, args.system)
+    if args.out.exists() and args.out.samefile(args.batch):
+        raise UserError(f"{args.out} holds the requests: choose another --out")
     with _opened(args.out) as out:
         done = _answered(out, args.out, {request.id: request for request in requests})
         todo = [request for request in requests if request.id not in done]
@@ -124,7 +127,7 @@ def read_requests(path: Path, sampling: Sampling, system: str | None = None) -> 
         UserError: it cannot be read, is empty, or a line is no request; names the line.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # a text may hold other line ends
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8"
         raise UserError(
@@ -136,7 +139,7 @@ def read_requests(path: Path, sampling: Sampling, system: str | None = None) -> 
             continue
         try:
             request = _request(json.loads(line), str(number), sampling, system)
-        except (ValueError, UserError) as error:
+        except (ValueError, OverflowError, RecursionError, UserError) as error:
             raise UserError(f"{path}, line {number}: {error}") from error
         if request.id in found:
             raise UserError(f"{path}, line {number}: the id {request.id!r} occurs twice: give each its own")
@@ -149,6 +152,7 @@ def read_requests(path: Path, sampling: Sampling, system: str | None = None) -> 
 def _request(entry: Any, default_id: str, sampling: Sampling, system: str | None) -> Request:
     if not isinstance(entry, dict):
         raise ValueError("a JSON object is needed")
+    json.dumps(entry, ensure_ascii=False).encode()  # half a surrogate pair is no text
     known = {"id", "prompt", "messages", "image", "images", *_SETTINGS}
     if unknown := [name for name in entry if name not in known]:
         raise ValueError(f"unknown field {unknown[0]!r}: known are {', '.join(sorted(known))}")
@@ -239,11 +243,9 @@ def _answered(out: BinaryIO, path: Path, requests: dict[str, Request]) -> set[st
         UserError: lines of something else, or answers to requests that have changed since.
     """
     out.seek(0)
-    content = out.read()
-    end = content.rfind(b"\n") + 1
-    out.truncate(end)
+    *lines, rest = out.read().split(b"\n")
     done = set()
-    for number, line in enumerate(content[:end].splitlines(), 1):
+    for number, line in enumerate(lines, 1):
         try:
             entry = json.loads(line)
             request_id, mark, answered = entry["id"], entry["request"], "error" not in entry
@@ -258,4 +260,16 @@ def _answered(out: BinaryIO, path: Path, requests: dict[str, Request]) -> set[st
                     "settings: choose another --out"
                 )
             done.add(request_id)
+    if rest and not _is_cut_off(rest):
+        raise UserError(f"{path} does not end as a file of answers does: choose another --out")
+    out.truncate(sum(len(line) + 1 for line in lines))
     return done
+
+
+def _is_cut_off(line: bytes) -> bool:
+    """Whether a line without an end is the beginning of an answer."""
+    try:
+        json.loads(line)
+    except ValueError:
+        return _ANSWER.startswith(line[: len(_ANSWER)])
+    return line.startswith(_ANSWER) and b'"request": ' in line  # all but the line's end

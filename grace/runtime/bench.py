@@ -13,6 +13,7 @@ import contextlib
 import datetime
 import json
 import multiprocessing
+import os
 import shutil
 import signal
 import sys
@@ -39,23 +40,26 @@ class Side:
         self._process = context.Process(target=serve, args=(setup, theirs), daemon=True)
         self._process.start()
         theirs.close()
-        self._receive()
+        self._answer("start")
 
     def __call__(self, name: str, *args: Any) -> Any:
         """One method of the worker.
 
         Raises:
+            UserError: what was asked for is wrong.
             RuntimeError: it failed there.
         """
         self._pipe.send((name, args))
-        result, error = self._receive()
-        if error:
-            raise RuntimeError(f"bench: {name}{args} failed in its process ({error})")
-        return result
+        return self._answer(f"{name}{args}")
 
-    def _receive(self) -> Any:
+    def _answer(self, asked: str) -> Any:
         try:
-            return self._pipe.recv()
+            result, error = self._pipe.recv()
+            if isinstance(error, UserError):
+                raise error
+            if error is not None:
+                raise RuntimeError(f"bench: {asked} failed in its process ({error})")
+            return result
         except EOFError:
             self._process.join()
             raise RuntimeError(
@@ -77,6 +81,8 @@ def run_bench(args: argparse.Namespace) -> int:
     if args.plot is not None:
         if args.plot.suffix not in (".png", ".svg"):
             raise UserError(f"--plot {args.plot}: give a name that ends in .png or .svg")
+        if not os.access(args.plot.parent, os.W_OK):
+            raise UserError(f"--plot {args.plot}: {args.plot.parent} is no folder that can be written to")
         import matplotlib  # noqa: F401 - missing: said before anything is measured
     plan = _plan(args)
     with _models(args) as (packed, dense):

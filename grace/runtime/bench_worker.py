@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from grace.data.template import Sample, encode_ids
+from grace.errors import UserError
 
 SIDES = ("engine", "library")
 
@@ -49,7 +50,9 @@ class Worker:
         self._model: Any = None
         self._decoder: Any = None
         from grace.models.qwen3vl import config_for, skeleton
+        from grace.runtime.engine import usable_device
 
+        usable_device(setup.device)
         skeleton(config_for(str(setup.directory)))  # imports what loading would import
 
     def load(self, cold: bool) -> float:
@@ -190,15 +193,29 @@ class Worker:
 
 
 def serve(setup: Setup, pipe: Any) -> None:
-    """The process: answers (method, arguments) until it is told None."""
-    worker = Worker(setup)
-    pipe.send(None)
-    while (call := pipe.recv()) is not None:
+    """The process: answers (method, arguments) with (result, failure) until it is told None; first of all that it is ready.
+
+    A failure is a `UserError`, or the text of another one.
+    """
+    try:
+        worker = Worker(setup)
+        answer: tuple[Any, Any] = None, None
+    except Exception as error:  # noqa: BLE001 - told to the other side, as below
+        pipe.send((None, _told(error)))
+        return
+    while True:
+        pipe.send(answer)
+        if (call := pipe.recv()) is None:
+            return
         name, args = call
         try:
-            pipe.send((getattr(worker, name)(*args), None))
-        except Exception as error:  # noqa: BLE001 - told to the other side
-            pipe.send((None, f"{type(error).__name__}: {error}"))
+            answer = getattr(worker, name)(*args), None
+        except Exception as error:  # noqa: BLE001
+            answer = None, _told(error)
+
+
+def _told(error: Exception) -> UserError | str:
+    return UserError(str(error)) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
 
 
 def _prompt(tokens: int, seed: int) -> Sample:

@@ -1,6 +1,7 @@
 """`grace generate DIR --chat`: a conversation on the terminal, or from a file on standard input."""
 
 import argparse
+import io
 import sys
 from collections.abc import Generator
 
@@ -57,6 +58,8 @@ class Chat:
 def run_chat(engine: Engine, args: argparse.Namespace, sampling: Sampling) -> int:
     """Entry point of `grace generate --chat`."""
     chat = Chat(engine, sampling, args.system)
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # a conversation is not lost to a slip of the keyboard
     chat.waiting = [load_picture(name) for name in args.image]
     print(f"{about(engine, args)}\n{_HELP}", file=sys.stderr)
     while (line := _next_line()) is not None:

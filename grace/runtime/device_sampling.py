@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from grace.runtime.sampling import Sampling
+from grace.runtime.sampling import COLDEST, Sampling
 
 
 class Draw(NamedTuple):
@@ -50,8 +50,9 @@ def drawn(logits_BV: Tensor, draws_4B: Tensor) -> Tensor:
     """
     temperature_B, top_p_B, top_k_B, uniform_B = draws_4B
     greedy_B = temperature_B == 0
-    scale_B = torch.where(greedy_B, 1.0, temperature_B).float()
-    best_BV, ids_BV = (logits_BV.float() / scale_B[:, None]).sort(-1, descending=True)
+    scale_B = torch.where(greedy_B, 1.0, temperature_B).float().clamp(min=COLDEST)
+    below_BV = logits_BV.float() - logits_BV.float().amax(-1, keepdim=True)
+    best_BV, ids_BV = (below_BV / scale_B[:, None]).sort(-1, descending=True)
     p_BV = best_BV.double().softmax(-1)
     place_V = torch.arange(logits_BV.shape[1], device=logits_BV.device)
     # Top-k first; the nucleus is a share of what it leaves, as in `Sampler`.

@@ -65,8 +65,12 @@ class Answer:
 
     def __iter__(self) -> Iterator[str]:
         decoder, stream = self._decoder, self.stream
+        if stream.finish_reason:
+            return
         logits_V = decoder.prefill(0, self.sample)
         try:
+            for token in stream.tokens:  # of an iteration that was broken off
+                logits_V = decoder.decode([0], [token])[0]
             while True:
                 token = self._sampler.next(logits_V)
                 self._times.append(time.perf_counter())
@@ -81,9 +85,8 @@ class Answer:
 
     def result(self) -> GenerationResult:
         """The whole answer; reads what is left of it."""
-        if not self.stream.finish_reason:
-            for _ in self:
-                pass
+        for _ in self:
+            pass
         start, first, *rest = self._times
         return GenerationResult(
             "".join(self._texts),
@@ -147,13 +150,15 @@ class Engine:
 
     def has_room(self, sample: Sample, sampling: Sampling) -> bool:
         """Whether `make_room` would leave the context as it is."""
-        return not self._grows or len(sample.input_ids_L) + sampling.max_new_tokens <= self.decoder.context
+        wanted = min(len(sample.input_ids_L) + sampling.max_new_tokens, self.decoder.parts.max_context)
+        return not self._grows or wanted <= self.decoder.context
 
     def make_room(self, tokens: int) -> None:
         """Lets the context grow to `tokens`, where it was not fixed and as far as the model goes. Empties all rows."""
-        if self._grows and tokens > self.decoder.context:
-            steps = -(-tokens // CONTEXT_STEP)
-            self.decoder.resize(context=min(steps * CONTEXT_STEP, self.decoder.parts.max_context))
+        steps = -(-tokens // CONTEXT_STEP)
+        wanted = min(steps * CONTEXT_STEP, self.decoder.parts.max_context)
+        if self._grows and wanted > self.decoder.context:
+            self.decoder.resize(context=wanted)
 
     def generate(
         self,
@@ -214,8 +219,10 @@ def load(
         head: of the output layer, one of `grace.runtime.head.HEADS`: as stored, or rounded while loading.
 
     Raises:
-        UserError: nothing there, damaged, of another model, or a kernel that cannot run it.
+        UserError: nothing there, damaged, of another model, or a kernel or device that cannot run it.
     """
+    if device is not None:
+        device = usable_device(device)
     directory = Path(directory)
     kind = checkpoint_kind(directory)
     if kind != "awq" and kernel != "auto":
@@ -229,6 +236,23 @@ def load(
     engine = Engine(model, processor, kind, context, rows, head)
     prepare(engine.decoder)
     return engine
+
+
+def usable_device(name: str | torch.device) -> torch.device:
+    """A device that this machine has.
+
+    Raises:
+        UserError: it has none of that name.
+    """
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # an assertion where torch was built without it
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(
+            f"--device {name} cannot be used ({reason}): give one that this machine has"
+        ) from error
+    return device
 
 
 def question(prompt: str, pictures: int) -> Turn:

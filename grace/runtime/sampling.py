@@ -13,6 +13,10 @@ from torch import Tensor
 from grace.errors import UserError
 
 MAX_SEED = 2**63 - 1
+MAX_PENALTY = 1e6  # and one over it: logits stay finite
+COLDEST = float(
+    torch.finfo(torch.float32).tiny
+)  # below it a temperature is this: the likeliest token, but for ties
 _FIRST = 1024  # likeliest tokens looked at before the whole vocabulary is sorted for a nucleus
 
 
@@ -26,7 +30,7 @@ class Sampling:
         top_p: sample from the smallest set of tokens with this probability.
         top_k: sample from so many likeliest tokens; 0 is all.
         repetition_penalty: divides positive logits of tokens that have occurred, prompt included, and multiplies
-            negative ones (arXiv:1909.05858).
+            negative ones (arXiv:1909.05858); from 1e-6 to 1e6.
         seed: makes sampling repeatable.
         stop: texts that end the answer, and are not part of it.
 
@@ -51,8 +55,8 @@ class Sampling:
             raise UserError(f"--top-p {self.top_p} is out of range: above 0, at most 1")
         if self.top_k < 0:
             raise UserError(f"--top-k {self.top_k} is out of range: 0 (all tokens) or more")
-        if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
-            raise UserError(f"--repetition-penalty {self.repetition_penalty} is out of range: above 0")
+        if not 1 / MAX_PENALTY <= self.repetition_penalty <= MAX_PENALTY:
+            raise UserError(f"--repetition-penalty {self.repetition_penalty} is out of range: 1e-6 to 1e6")
         if self.seed is not None and not 0 <= self.seed <= MAX_SEED:
             raise UserError(f"--seed {self.seed} is out of range: 0 to {MAX_SEED}")
         if not all(self.stop):
@@ -87,7 +91,7 @@ class Sampler:
     def next(self, logits_V: Tensor) -> int:
         """The next token's id."""
         if self._seen is not None:
-            logits_V = self._penalised(logits_V)
+            logits_V = self._penalised(logits_V.float())
         token = self._drawn(logits_V.float()) if self.sampling.temperature > 0 else int(logits_V.argmax())
         if self._seen is not None:
             self._seen[token] = None
@@ -100,7 +104,7 @@ class Sampler:
         return logits_V.index_copy(0, seen, torch.where(found > 0, found / penalty, found * penalty))
 
     def _drawn(self, logits_V: Tensor) -> int:
-        logits_V = logits_V / self.sampling.temperature
+        logits_V = (logits_V - logits_V.max()) / max(self.sampling.temperature, COLDEST)
         count = len(logits_V)
         ids = None
         if 0 < self.sampling.top_k < count:

@@ -136,6 +136,19 @@ def test_answers_to_other_questions_are_not_taken_over(tmp_path, monkeypatch, en
     with pytest.raises(UserError, match="line 1, is not an answer"):
         run(path, out, monkeypatch, engine)
     assert out.read_text() == "notes of mine\n"
+    for notes in (
+        "notes of mine",
+        json.dumps({"id": "b", "prompt": "x"}),
+        '{"id":1}\n{"id": "b", "prompt": "x"}',
+    ):
+        out.write_text(notes)
+        with pytest.raises(UserError, match="choose another --out"):
+            run(path, out, monkeypatch, engine)
+        assert out.read_text() == notes
+    before = path.read_text()
+    with pytest.raises(UserError, match="holds the requests"):
+        run(path, path, monkeypatch, engine)
+    assert path.read_text() == before
 
 
 def test_one_writer_at_a_time(tmp_path, monkeypatch, engine):
@@ -164,6 +177,10 @@ def test_one_writer_at_a_time(tmp_path, monkeypatch, engine):
         ('{"prompt": "x", "seed": true}', "whole number"),
         ('{"prompt": "x", "stop": [1]}', '"stop" must be'),
         ('{"id": null, "prompt": "x"}', "id must be"),
+        (r'{"prompt": "x\ud800"}', "surrogates not allowed"),
+        (r'{"id": "\ud800", "prompt": "x"}', "surrogates not allowed"),
+        ('{"prompt": "x", "temperature": 1' + "0" * 400 + "}", "too large"),
+        ('{"prompt": ' + "[" * 100_000, "recursion"),
         ('{"id": "a", "prompt": "x"}', "occurs twice"),
         ('{"messages": [{"role": "tool", "content": "x"}]}', "role"),
         ('{"messages": [{"role": "assistant", "content": "x"}]}', "must be the user's"),
@@ -175,6 +192,13 @@ def test_bad_lines_are_named_before_anything_is_loaded(line: str, message: str, 
     with pytest.raises(UserError, match=message) as caught:
         read_requests(path, GREEDY)
     assert "line 2" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_text_may_hold_any_line_end(tmp_path: Path):
+    path = tmp_path / "in.jsonl"
+    text = "a\u2028b\x85c\x0bd"
+    path.write_text(json.dumps({"prompt": text}, ensure_ascii=False) + "\r\n", encoding="utf-8")
+    assert [request.turns[0].text for request in read_requests(path, GREEDY)] == [text]
 
 
 def test_files_that_hold_no_requests(tmp_path: Path):

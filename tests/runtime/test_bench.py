@@ -21,7 +21,7 @@ from grace.runtime.twin import dense_bytes, write_twin
 def arguments(**changes) -> argparse.Namespace:
     values = {
         "directory": None, "synthetic": None, "batch": [2], "prefill": [8, 24], "decode_at": [8], "new_tokens": 3,
-        "repeats": 1, "quick": False, "threads": 1, "kernel": "auto", "head": "bf16", "context": None, "device": None,
+        "repeats": 1, "quick": False, "threads": 1, "kernel": "auto", "head": "bf16", "device": None,
         "tmp": None, "plot": None, "json": True,
     }  # fmt: skip
     return argparse.Namespace(**(values | changes))
@@ -113,11 +113,21 @@ def test_synthetic_models_load_everywhere(tiny_synthetic: str, tmp_path: Path):
         ({"directory": Path("/nowhere")}, "not a directory"),
         ({"synthetic": "qwen3-vl-2b", "tmp": Path("/nowhere")}, "choose another --tmp"),
         ({"synthetic": "qwen3-vl-2b", "plot": Path("x.pdf")}, "ends in .png or .svg"),
+        ({"synthetic": "qwen3-vl-2b", "plot": Path("/nowhere/x.png")}, "no folder that can be written to"),
     ],
 )
 def test_what_cannot_be_measured(change: dict, message: str):
     with pytest.raises(UserError, match=message):
         run_bench(arguments(**change))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("change", "message"), [({"device": "cuda:77"}, "--device cuda:77"), ({"prefill": [10**6]}, "context")]
+)
+def test_what_the_measuring_process_refuses(change: dict, message: str, awq_dir: Path, tmp_path: Path):
+    with pytest.raises(UserError, match=message):
+        run_bench(arguments(directory=awq_dir, tmp=tmp_path, **change))
 
 
 def test_models_that_are_not_packed(tiny_student_dir: Path):

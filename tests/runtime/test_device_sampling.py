@@ -25,6 +25,8 @@ def frequencies(logits_V: torch.Tensor, one: Draw, count: int = 2000) -> torch.T
     [
         (Draw(temperature=1.0), [0.1, 0.5, 0.15, 0.25]),
         (Draw(temperature=0.0, uniform=0.9), [0, 1, 0, 0]),
+        (Draw(temperature=1e-40), [0, 1, 0, 0]),
+        (Draw(temperature=5e-324, top_p=0.9), [0, 1, 0, 0]),
         (Draw(temperature=1.0, top_k=2), [0, 2 / 3, 0, 1 / 3]),
         (Draw(temperature=1.0, top_p=0.5), [0, 1, 0, 0]),
         (Draw(temperature=1.0, top_p=0.6), [0, 2 / 3, 0, 1 / 3]),

@@ -12,7 +12,9 @@ from PIL import Image
 from grace.errors import UserError
 from grace.kernels import compiled
 from grace.runtime import generate
+from grace.runtime.engine import question
 from grace.runtime.generate import Engine, checkpoint_kind, load, run_generate
+from grace.runtime.sampling import Sampling
 
 PROMPT = "Which digit is in the top left cell?"
 
@@ -62,6 +64,30 @@ def test_the_same_call_gives_the_same_answer_whatever_came_between(engine: Engin
     engine.generate(pictures, "Compare <image> with <image>", 3)
     engine.generate([], "Say yes", 3)
     assert engine.generate(pictures[:1], PROMPT, 6).tokens == first
+
+
+def test_an_answer_broken_off_can_be_read_to_its_end(engine: Engine, pictures):
+    turns, sampling = [question(PROMPT, 1)], Sampling(max_new_tokens=8, temperature=1.5, seed=5)
+    whole = engine.answer(turns, pictures[:1], sampling).result()
+    for pieces in (1, 3):
+        answer = engine.answer(turns, pictures[:1], sampling)
+        for _ in zip(range(pieces), answer, strict=False):
+            pass
+        rest = answer.result()
+        assert (rest.tokens, rest.text) == (whole.tokens, whole.text) == (answer.result().tokens, rest.text)
+
+
+def test_a_device_that_is_not_there(awq_dir: Path):
+    for name in ("cuda:77", "foo"):
+        with pytest.raises(UserError, match=f"--device {name} cannot be used"):
+            load(awq_dir, device=name)
+
+
+def test_rows_stay_side_by_side_at_the_end_of_the_model_s_context(engine: Engine):
+    sample = engine.encode([question("Say yes", 0)])
+    most = Sampling(max_new_tokens=engine.decoder.parts.max_context)
+    engine.make_room(len(sample.input_ids_L) + most.max_new_tokens)
+    assert engine.decoder.context == engine.decoder.parts.max_context and engine.has_room(sample, most)
 
 
 def test_the_picture_matters(engine: Engine):

@@ -21,7 +21,7 @@ END = TOKENIZER.convert_tokens_to_ids("<|im_end|>")
     "change",
     [
         {"max_new_tokens": 0}, {"temperature": -0.1}, {"temperature": math.nan}, {"top_p": 0.0}, {"top_p": 1.01},
-        {"top_k": -1}, {"repetition_penalty": 0.0}, {"repetition_penalty": math.inf}, {"seed": -1}, {"stop": ("",)},
+        {"top_k": -1}, {"repetition_penalty": 0.0}, {"repetition_penalty": 1e-40}, {"repetition_penalty": 1e7}, {"repetition_penalty": math.inf}, {"seed": -1}, {"stop": ("",)},
     ],
 )  # fmt: skip
 def test_settings_out_of_range(change):
@@ -62,6 +62,15 @@ def test_the_distribution(sampling: Sampling, kept: list[int]):
     expected = torch.zeros(6)
     expected[kept] = (LOGITS[kept] / sampling.temperature).softmax(-1)
     assert (shares(sampling, LOGITS) - expected).abs().max() < 0.03
+
+
+@pytest.mark.parametrize("cold", [5e-324, 1e-46, 1e-40, 1e-30, 1e-6])
+@pytest.mark.parametrize("penalty", [1e-6, 1.0, 1e6])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_coldest_temperature_takes_the_likeliest_token(cold: float, penalty: float, dtype: torch.dtype):
+    sampling = Sampling(temperature=cold, top_p=0.9, top_k=5, repetition_penalty=penalty, seed=0)
+    greedy = Sampler(Sampling(repetition_penalty=penalty), [1, 3]).next(300 * LOGITS.to(dtype))
+    assert Sampler(sampling, [1, 3]).next(300 * LOGITS.to(dtype)) == greedy
 
 
 def test_a_nucleus_beyond_the_likeliest_thousand():

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import hmac
 import json
+import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Sequence
 from typing import Any, TypeVar
@@ -62,10 +63,12 @@ def _add_pages(app: FastAPI, service: Service) -> None:
         "Cache-Control": "no-cache",
     }
 
+    @app.head("/")
     @app.get("/")
     async def index() -> Response:
         return Response(page, media_type="text/html", headers=headers)
 
+    @app.head("/health")
     @app.get("/health")
     async def health() -> Response:
         status = "stopping" if service.stopping else "ok" if service.scheduler.well else "failing"
@@ -88,6 +91,7 @@ def _add_endpoints(app: FastAPI, service: Service, guards: Sequence[Any]) -> Non
 
     @app.post("/v1/chat/completions", dependencies=guards)
     async def chat(request: Request) -> Response:
+        arrived = time.monotonic()
         with contextlib.ExitStack() as places:
             async with service.bodies.json(request) as body:
                 wanted = read_chat(body)
@@ -99,12 +103,13 @@ def _add_endpoints(app: FastAPI, service: Service, guards: Sequence[Any]) -> Non
                 wanted = wanted.model_copy(update={"messages": []})
                 body.clear()
             places.enter_context(service.holding(samples))
-            answers = service.submit(wanted, samples)
+            answers = service.submit(wanted, samples, arrived)
             del samples
             return await _reply(service, request, wanted, answers, ChatWriter, places)
 
     @app.post("/v1/completions", dependencies=guards)
     async def completions(request: Request) -> Response:
+        arrived = time.monotonic()
         with contextlib.ExitStack() as places:
             async with service.bodies.json(request) as body:
                 wanted = read_completion(body)
@@ -113,7 +118,7 @@ def _add_endpoints(app: FastAPI, service: Service, guards: Sequence[Any]) -> Non
                 places.enter_context(service.admitted(len(prompts) * (wanted.n or 1)))
                 with service.metrics.preparing.track_inprogress():
                     samples = [await service.prompts.plain(prompt) for prompt in prompts]
-            answers = service.submit(wanted, samples)
+            answers = service.submit(wanted, samples, arrived)
             return await _reply(service, request, wanted, answers, CompletionWriter, places)
 
 
@@ -232,13 +237,14 @@ class EventStream(Response):
 
 
 def _key_check(key: str | None) -> Any:
-    expected = None if key is None else f"Bearer {key}".encode()
+    expected = None if key is None else key.encode()
 
     async def check(request: Request) -> None:
         if expected is None:
             return
         given = next((value for name, value in request.scope["headers"] if name == b"authorization"), b"")
-        if not hmac.compare_digest(given, expected):
+        scheme, _, sent = given.partition(b" ")
+        if scheme.lower() != b"bearer" or not hmac.compare_digest(sent, expected):
             raise ApiError(
                 401, "the API key is missing or wrong: send Authorization: Bearer KEY", code="invalid_api_key"
             )

@@ -62,6 +62,10 @@ def api_key() -> str | None:
     key = os.environ.get("GRACE_API_KEY")
     if key is not None and not key.strip():
         raise UserError("GRACE_API_KEY is empty: set it to the key that clients send, or unset it")
+    if (
+        key is not None and key != key.encode(errors="replace").decode()
+    ):  # half of a surrogate pair: undecoded bytes
+        raise UserError("GRACE_API_KEY is not UTF-8: set it in that encoding")
     return key
 
 
@@ -123,10 +127,9 @@ def _load(args: argparse.Namespace) -> Service:
     transformers.utils.logging.disable_progress_bar()
     name = args.served_model_name or args.directory.resolve().name
     rows, context = args.max_batch or MAX_BATCH, args.context or CONTEXT
-    device = None if args.device is None else _device(args.device)
     try:
         engine = load(
-            args.directory, kernel=args.kernel, context=context, rows=rows, device=device, head=args.head
+            args.directory, kernel=args.kernel, context=context, rows=rows, device=args.device, head=args.head
         )
     except (RuntimeError, MemoryError) as error:
         if "alloc" not in str(error) and "memory" not in str(error):
@@ -148,20 +151,6 @@ def _load(args: argparse.Namespace) -> Service:
     head = engine.decoder.head
     weights = weight_bytes(engine.model) + (0 if head.kind == "bf16" else head.weight_bytes())
     return Service(engine, name, weights, limits, rules)
-
-
-def _device(name: str) -> Any:
-    import torch
-
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:  # an assertion where torch was built without it
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UserError(
-            f"--device {name} cannot be used ({reason}): give one that this machine has"
-        ) from error
-    return device
 
 
 def weight_bytes(model: Any) -> int:

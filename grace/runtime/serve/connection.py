@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from collections.abc import Callable
 from typing import Any
 
 import h11
@@ -14,6 +15,33 @@ READER_SECONDS = 60.0  # without the client taking a byte
 REST_SECONDS = 3.0  # for the rest of a body that was refused: closing at once could lose the answer
 
 
+class _Lingering:
+    """A transport that does not close while the client still sends: data that nobody read would take the answer along.
+
+    `close` ends our side alone; what arrives after it is thrown away, until the client ends its side or
+    `REST_SECONDS` are over.
+    """
+
+    def __init__(self, transport: Any, is_sending: Callable[[], bool]):
+        self._transport, self._is_sending = transport, is_sending
+        self.lingers = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def is_closing(self) -> bool:
+        return self.lingers or self._transport.is_closing()
+
+    def close(self) -> None:
+        if self.is_closing() or not self._is_sending():
+            self._transport.close()
+            return
+        self.lingers = True
+        self._transport.write_eof()
+        self._transport.resume_reading()
+        asyncio.get_running_loop().call_later(REST_SECONDS, self._transport.abort)
+
+
 class Connection(H11Protocol):
     """One client's connection."""
 
@@ -21,7 +49,8 @@ class Connection(H11Protocol):
     _reader_due: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
-        super().connection_made(transport)
+        self._lingering = _Lingering(transport, self._is_sending)
+        super().connection_made(self._lingering)  # type: ignore[arg-type]
         self._headers_due = self.loop.call_later(HEADER_SECONDS, self.transport.abort)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -30,7 +59,12 @@ class Connection(H11Protocol):
                 timer.cancel()
         super().connection_lost(exc)
 
+    def _is_sending(self) -> bool:
+        return self.conn.their_state in (h11.SEND_BODY, h11.ERROR)
+
     def data_received(self, data: bytes) -> None:
+        if self._lingering.lingers:
+            return
         super().data_received(data)
         waiting = self.conn.their_state is h11.IDLE and not self.transport.is_closing()
         if waiting and self._headers_due is None:  # a further request has begun to arrive

@@ -22,7 +22,10 @@ def read_below(root: Path, url: str, limit: int) -> bytes:
     Raises:
         FileRefused: outside of the root, missing, not a regular file, too large or not readable.
     """
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError as error:
+        raise FileRefused(_REFUSAL) from error
     if parts.netloc not in ("", "localhost"):
         raise FileRefused("a file URL names no host: file:///path")
     try:

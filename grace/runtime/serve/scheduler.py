@@ -281,6 +281,7 @@ class Scheduler:
         self._running.remove(job)
         self._decoder.release(job.row)
         heapq.heappush(self._free, job.row)
+        self._metrics.running.set(len(self._running))
 
     def _fail(self, jobs: list[Job], error: Exception) -> None:
         if isinstance(error, UserError):  # what the decoder says of a prompt

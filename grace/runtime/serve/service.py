@@ -32,7 +32,7 @@ class Limits:
     Attributes:
         queue: answers that may wait beyond those that have a row.
         body: bytes of one request.
-        seconds: of one request, waiting included.
+        seconds: of one request, its arrival and waiting included.
         body_seconds: in which a request's body must arrive.
         pixels: larger pictures are scaled down to this area; None leaves it to the model and the context.
     """
@@ -93,7 +93,7 @@ class Service:
         self.context, self.rows, self.weight_bytes = engine.decoder.context, engine.decoder.rows, weight_bytes
         self.started = int(time.time())
         self.metrics = Metrics(name, weight_bytes, self.rows)
-        self.bodies = Bodies(limits.body, seconds=limits.body_seconds)
+        self.bodies = Bodies(limits.body, seconds=min(limits.body_seconds, limits.seconds))
         self.images = Images(rules)
         self.prompts = Prompts(engine.processor, self.images, self.context, limits.pixels)
         self.scheduler = Scheduler(engine.decoder, self._deliver, self.metrics)
@@ -181,14 +181,17 @@ class Service:
         finally:
             self.pixels -= size
 
-    def submit(self, request: Request, samples: Sequence[Sample]) -> Answers:
+    def submit(self, request: Request, samples: Sequence[Sample], arrived: float) -> Answers:
         """Starts `n` answers to each sample.
+
+        Args:
+            arrived: `time.monotonic()` when the request began.
 
         Raises:
             ApiError: settings that cannot be met.
         """
         answers = Answers(len(samples) * (request.n or 1), sum(len(sample.input_ids_L) for sample in samples))
-        deadline = time.monotonic() + self.limits.seconds
+        deadline = arrived + self.limits.seconds
         bias = self._bias(request)
         for sample in samples:
             sampling = self._sampling(request, len(sample.input_ids_L))

@@ -153,6 +153,11 @@ def test_stop_texts_and_log_probabilities(url, processor, decoder):
     assert found == entries
 
 
+def test_an_idle_server_says_so(url):
+    assert chat(url, question(n=3, temperature=1.0)).status_code == 200
+    assert "\ngrace_running_answers 0.0\n" in get(url, "/metrics").text
+
+
 def test_completions(url, decoder, processor):
     def ask(**body: Any) -> httpx.Response:
         return httpx.post(f"{url}/v1/completions", json={"temperature": 0} | body, timeout=30)
@@ -250,6 +255,8 @@ def test_models_health_metrics_and_the_page(url):
     policy = page.headers["content-security-policy"]
     assert "default-src 'none'" in policy and "unsafe" not in policy and "sha256-" in policy
     assert "http://" not in page.text and "https://" not in page.text and "innerHTML" not in page.text
+    for path in ("/", "/health"):
+        assert httpx.head(url + path).status_code == 200
     assert_refused(get(url, "/v1/nothing"), 404)
     assert_refused(get(url, "/docs"), 404)
     assert_refused(get(url, "/../../etc/passwd"), 404)
@@ -271,6 +278,7 @@ def test_the_key(processor):
                 assert assert_refused(response, 401)["code"] == "invalid_api_key"
         right = {"Authorization": "Bearer sésame".encode()}
         assert chat(url, question(), headers=right).status_code == 200
+        assert chat(url, question(), headers={"authorization": "bEARER sésame".encode()}).status_code == 200
         assert get(url, "/health").status_code == 200 and get(url, "/").status_code == 200
 
 
@@ -438,6 +446,19 @@ def test_bodies_without_a_length(url):
     assert b" 400 " in raw(url, head.replace(b"9" * 20, b"-5")).split(b"\r\n")[0]
 
 
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+def test_a_refused_body_does_not_take_the_refusal_along(url, version):
+    """The client says that it closes, sends everything, and only then reads."""
+    host, port = url.removeprefix("http://").split(":")
+    size = 24 << 20
+    head = f"POST /v1/chat/completions HTTP/{version}\r\nHost: x\r\nConnection: close\r\nContent-Length: {size}\r\n\r\n"
+    for _ in range(3):
+        with socket.create_connection((host, int(port)), timeout=20) as client:
+            client.sendall(head.encode() + b"x" * size)
+            answer = b"".join(iter(lambda: client.recv(65536), b""))
+        assert b" 413 " in answer.split(b"\r\n")[0] and b'"error"' in answer
+
+
 def test_a_body_that_does_not_come(url):
     start = time.monotonic()
     answer = raw(url, b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 50\r\n\r\n{", 6)
@@ -583,6 +604,15 @@ def test_requests_that_take_too_long_and_prompts_that_fail(processor):
         assert_refused(chat(url, question(stream=True)), 500)  # before the first token: no stream
         decoder.broken = set()
         assert chat(url, question()).status_code == 200
+
+
+def test_the_time_of_a_request_begins_with_its_arrival(processor):
+    body = json.dumps(question()).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n"
+    with live(service_for(MadeUpDecoder(), processor, Limits(seconds=0.5))) as url:
+        start = time.monotonic()
+        assert b" 408 " in raw(url, head.encode() + body[:-1], 6).split(b"\r\n")[0]
+        assert time.monotonic() - start < 5
 
 
 def test_a_lost_device_shows_in_health(processor, monkeypatch):

@@ -45,6 +45,11 @@ def test_everything_else_is_refused_in_the_same_words(root: Path, path):
     assert str(refused.value) == "the file is no picture below this server's image root"
 
 
+def test_what_is_no_url(root: Path):
+    with pytest.raises(FileRefused, match="no picture below"):
+        read_below(root, "file://[", 100)
+
+
 def test_hosts_and_sizes(root: Path):
     with pytest.raises(FileRefused, match="no host"):
         read_below(root, f"file://example.org{root}/a/x%20y.png", 7)
