@@ -116,14 +116,14 @@ class Optim:
 
     lr: float = number("(0, inf)")
     weight_decay: float = number("[0, inf)")
-    batch_size: int = number("[1, inf)")  # records per optimizer step over all ranks
+    batch_size: int = number("[1, 1000000]")  # records per optimizer step over all ranks
     warmup_ratio: float = number("[0, 1]")
     max_grad_norm: float = number("(0, inf)")
     schedule: Literal["cosine", "constant"] = "cosine"
     beta1: float = number("[0, 1)", default=0.9)
     beta2: float = number("[0, 1)", default=0.999)
     eps: float = number("(0, inf)", default=1e-8)
-    epochs: float = number("(0, inf)", default=1.0)
+    epochs: float = number("(0, 1000000]", default=1.0)
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ class Run(EvalTasks):
 
     output_dir: str
     seed: int = number("[0, 4294967295]", default=0)
-    max_steps: int | None = number("[1, inf)", default=None)  # default: from optim.epochs
+    max_steps: int | None = number("[1, 1000000000]", default=None)  # default: from optim.epochs
     save_every: int = number("[1, inf)", default=500)
     log_every: int = number("[1, inf)", default=10)
     micro_batch_size: int = number("[1, inf)", default=1)  # records per forward pass, a rank's share at most

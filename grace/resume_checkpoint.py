@@ -1,9 +1,10 @@
 """Resume checkpoints: what a killed run goes on from.
 
 `checkpoints/step-000100/` holds the trainable parameters, the optimizer state and a small JSON state, with a checksum of
-each tensor file. It is written under a temporary name and renamed: a kill leaves the one before.
+each tensor file and of itself. It is written under a temporary name and renamed: a kill leaves the one before.
 """
 
+import hashlib
 import json
 import math
 import shutil
@@ -22,7 +23,7 @@ from grace.checkpoint_files import FileInMemory, files_of, xxh3_of
 from grace.errors import UserError
 from grace.files import new_directory, sha256_of
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 had no checksum of the state itself
 _UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, SafetensorError)
 
 
@@ -65,7 +66,7 @@ def write_checkpoint(
     score: float | None = None,
 ) -> Path:
     """`save_checkpoint` of tensors that are copied already."""
-    target = run_dir / "checkpoints" / f"step-{step:06d}"
+    target = run_dir / "checkpoints" / _name(step)
     if target.exists():  # a damaged one that resume passed over: this step is being done again
         shutil.rmtree(target)
     with new_directory(target) as scratch:
@@ -73,11 +74,21 @@ def write_checkpoint(
         checksums = {names[stem]: file.write(scratch / names[stem]) for stem, file in files.items()}
         record = {"format_version": FORMAT_VERSION, "step": step, "score": score}
         record |= {"xxh3": checksums, "state": dict(state)}
+        record["sha256"] = _digest(record)
         (scratch / "state.json").write_text(json.dumps(record, indent=1))
     kept = {*checkpoint_paths(run_dir)[-keep_last:], *_best(run_dir, keep_best)}
     for old in set(checkpoint_paths(run_dir)) - kept:
         shutil.rmtree(old)
     return target
+
+
+def _name(step: int) -> str:
+    return f"step-{step:06d}"
+
+
+def _digest(record: Mapping[str, Any]) -> str:
+    """Of the values, however they are written: sorted keys, and numbers as they are read back."""
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 def _best(run_dir: Path, count: int) -> list[Path]:
@@ -121,6 +132,10 @@ def load_newest_checkpoint(run_dir: Path, tell: bool = True) -> Checkpoint | Non
 
 def _read_checkpoint(path: Path) -> Checkpoint:
     record = read_json(path / "state.json", TOKENIZER_LIMIT, finite=False)
+    if record.get("format_version") != 1 and record.pop("sha256") != _digest(record):
+        raise ValueError("state.json does not match its checksum")
+    if path.name != _name(record["step"]):
+        raise ValueError(f"state.json is that of step {record['step']}")
     tensors = {}
     checksum_of, checksums = (xxh3_of, record["xxh3"]) if "xxh3" in record else (sha256_of, record["sha256"])
     for name, checksum in checksums.items():  # SHA-256 was that of earlier ones

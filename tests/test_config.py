@@ -75,8 +75,8 @@ def test_key_at_the_top_level_names_its_section(recipe_file):
         ("optim.lr=0", "optim.lr is 0, out of range: it must be more than 0"),
         ("optim.lr=-1e-5", "must be more than 0"),
         ("optim.weight_decay=-1", "must be at least 0"),
-        ("optim.batch_size=0", "must be at least 1"),
-        ("optim.epochs=0", "must be more than 0"),
+        ("optim.batch_size=0", "must be in [1, 1000000]"),
+        ("optim.epochs=0", "must be in (0, 1000000]"),
         ("optim.max_grad_norm=0", "must be more than 0"),
         ("optim.warmup_ratio=1.5", "must be in [0, 1]"),
         ("optim.beta2=1", "must be in [0, 1)"),
@@ -90,6 +90,8 @@ def test_key_at_the_top_level_names_its_section(recipe_file):
         ("run.micro_batch_size=0", "must be at least 1"),
         ("run.seed=-1", "must be in [0, 4294967295]"),
         (f"quant.bits={'9' * 400}", "must be in [2, 8]"),
+        (f"optim.batch_size={'9' * 20}", "must be in [1, 1000000]"),
+        (f"run.max_steps={'9' * 20}", "must be in [1, 1000000000]"),
     ],
 )
 def test_out_of_range_names_the_range(recipe_file, override, expected):

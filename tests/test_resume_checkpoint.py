@@ -63,7 +63,7 @@ def test_only_the_newest_are_kept(tmp_path: Path) -> None:
 def as_before(newest: Path) -> None:
     """Turns a checkpoint into what was written when checksums were SHA-256 and the library wrote the tensors."""
     record = json.loads((newest / "state.json").read_text())
-    record["sha256"] = {}
+    record |= {"format_version": 1, "sha256": {}}
     for name in record.pop("xxh3"):
         save_file(load_file(newest / name), newest / name)
         record["sha256"][name] = sha256_of(newest / name)
@@ -166,6 +166,26 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], object]]] = {
     "list for a state": ("state.json", lambda path: path.write_text("[]")),
     "null for a state": ("state.json", lambda path: path.write_text("null")),
     "state without its keys": ("state.json", lambda path: path.write_text("{}")),
+    "another value": (
+        "state.json",
+        lambda path: path.write_text(path.read_text().replace('"beta": 0.', '"beta": 1.')),
+    ),
+    "another step": (
+        "state.json",
+        lambda path: path.write_text(path.read_text().replace('"step": ', '"step": 1')),
+    ),
+    "a key with one bit flipped": (
+        "state.json",
+        lambda path: path.write_text(path.read_text().replace('"state"', '"sdate"')),
+    ),
+    "no checksum of itself": (
+        "state.json",
+        lambda path: path.write_text(path.read_text().replace('"sha256"', '"sha257"')),
+    ),
+    "of an earlier kind, of another step": (
+        "state.json",
+        lambda path: path.write_text('{"format_version": 1, "step": 7, "xxh3": {}, "state": {}}'),
+    ),
     "list for checksums": (
         "state.json",
         lambda path: path.write_text('{"xxh3": [], "step": 1, "state": {}}'),

@@ -12,6 +12,7 @@ import hashlib
 import importlib.util
 import itertools
 import json
+import stat
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -131,9 +132,13 @@ def open_annotations(path: Path, advance: Advance = lambda done, total: None) ->
         UserError: not a readable, non-empty JSON list; or no table can be written.
     """
     try:
-        size = path.stat().st_size
+        status = path.stat()
     except OSError:  # reading says what is wrong with it
         size = 0
+    else:
+        if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):  # a pipe would be waited for
+            raise UserError(f"{path} is no regular file: give the JSON file itself")
+        size = status.st_size
     if size <= IN_MEMORY:
         return in_memory(path, lambda done: None)
     if importlib.util.find_spec("datasets") is None:

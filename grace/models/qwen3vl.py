@@ -121,14 +121,17 @@ def quantize_decoder(model: nn.Module, bits: int, group_size: int) -> dict[str, 
     """Replaces every decoder linear by a `QuantLinear` in place and returns them by name.
 
     Raises:
-        UserError: a layer's input width is not a multiple of `group_size`.
+        UserError: a layer's input width is not a multiple of `group_size`, or its weights are not finite.
     """
     quantized = {}
     for name, linear in decoder_linears(model).items():
         try:
             quantized[name] = QuantLinear.from_linear(linear, bits, group_size, name)
         except ValueError as error:
-            raise UserError(f"{error}: choose a quant.group_size that divides it") from error
+            mend = "choose a quant.group_size that divides it"
+            if linear.in_features % group_size == 0:
+                mend = "give a student whose weights are whole"
+            raise UserError(f"{error}: {mend}") from error
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, quantized[name])
     return quantized

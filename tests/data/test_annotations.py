@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import os
 import pickle
 import subprocess
 import sys
@@ -252,3 +253,9 @@ def test_without_datasets_a_large_file_is_held_and_said(
     found = open_annotations(path, lambda done, total: told.append((done, total)))
     assert len(found) == 1 and found.note is not None and "pip install datasets" in found.note
     assert told[-1] == (path.stat().st_size,) * 2
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.json")
+    with pytest.raises(UserError, match="no regular file"):
+        open_annotations(tmp_path / "pipe.json")

@@ -206,6 +206,10 @@ def test_width_that_the_group_does_not_divide_names_the_layer(student) -> None:
         UserError, match=r"layers\.0\.self_attn\.q_proj: 128 inputs .* groups of 96.*group_size"
     ):
         qwen3vl.quantize_decoder(student, 4, 96)
+    linear = next(iter(qwen3vl.decoder_linears(student).values()))
+    linear.weight.data[0, 0] = float("nan")
+    with pytest.raises(UserError, match="1 NaN or infinite values: give a student whose weights are whole"):
+        qwen3vl.quantize_decoder(student, 4, 128)
 
 
 def test_frozen_vision_leaves_the_mergers_and_the_decoder(student, make_batch) -> None:
