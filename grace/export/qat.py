@@ -92,8 +92,9 @@ def _write_converted(source: Source, directory: Path, max_shard_bytes: int | Non
         file = directory / QAT_FOLDER / QAT_TENSORS
         with progress("qat state", sum(entry.nbytes for entry in state)) as advance:
             write_safetensors(file, state, {"format": "pt"}, advance)
+    known = ("base_model", "license", "sections", "rounded")  # what is not known is left out, not null
     info = {
-        **{key: source.qat.info.get(key) for key in ("base_model", "license", "sections", "rounded")},
+        **{key: source.qat.info[key] for key in known if source.qat.info.get(key) is not None},
         "converted_from": source.kind,
         "format_version": FORMAT_VERSION,
         "bits": source.qat.bits,
