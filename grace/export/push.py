@@ -21,6 +21,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 
+from grace.checked_files import reading
 from grace.errors import UserError
 from grace.export.record import CARD, files_of, read_record
 
@@ -82,6 +83,11 @@ def open_upload(directory: Path) -> Upload:
     Raises:
         UserError: no passed parity gate, a card that the Hub would refuse, or files that should not go.
     """
+    with reading(directory):
+        return _opened(directory)
+
+
+def _opened(directory: Path) -> Upload:
     record = read_record(directory)
     files = {name: path for name, path in files_of(directory).items() if not _hidden(name)}
     for name, path in files.items():

@@ -21,6 +21,7 @@ from grace.errors import UserError
 from grace.export.contents import OWN, ROUNDED, Source, modules_of
 from grace.export.directory import (
     Part,
+    as_stored,
     dense_names,
     deployed_config,
     one_thread,
@@ -50,7 +51,7 @@ def write(source: Source, directory: Path, max_shard_bytes: int | None = None) -
             shutil.copyfile(path, directory / path.name)
     else:
         weights = source.weights
-        entries = [_dense(source, name) for name in weights.shapes]
+        entries = [as_stored(source, name) for name in weights.shapes]
         write_weights(directory, entries, {"format": "pt"}, "qat", max_shard_bytes)
     copy_verbatim_files(source.directory, directory)
     shutil.copytree(source.directory / QAT_FOLDER, directory / QAT_FOLDER, copy_function=shutil.copyfile)
@@ -59,7 +60,7 @@ def write(source: Source, directory: Path, max_shard_bytes: int | None = None) -
 def _write_converted(source: Source, directory: Path, max_shard_bytes: int | None) -> None:
     """W_hat as float32, whatever else as it is, and `grace_qat/` with codes and scales."""
     group_size = source.qat.group_size
-    weights = [_dense(source, name) for name in dense_names(source)]
+    weights = [as_stored(source, name) for name in dense_names(source)]
     state: list[Entry] = []
     for name, (outputs, inputs) in modules_of(source).shapes.items():
         parts = [
@@ -111,11 +112,6 @@ def _wide(group_size: int, weight: QuantizedWeight) -> Tensor:
     return dequantize(weight.codes_OI, weight.scales_OG, group_size)
 
 
-def _dense(source: Source, name: str) -> Entry:
-    weights = source.weights
-    return Entry(name, weights.dtypes[name], weights.shapes[name], partial(weights.pieces, name))
-
-
 def check(source: Source, directory: Path, stored: Mapping[str, QuantizedWeight]) -> dict[str, Any]:
     """Checks that codes and scales are those of the source, and the written W_hat exactly scale * code.
 
@@ -138,7 +134,10 @@ def check(source: Source, directory: Path, stored: Mapping[str, QuantizedWeight]
 
 
 def require_consistent(source: Source) -> None:
-    """Raises `UserError` if the weights of a QAT checkpoint are not those of its codes and scales."""
+    """Raises `UserError` if the weights of a QAT checkpoint are not those of its codes and scales, or no numbers."""
+    for name in dense_names(source) if source.kind == OWN else ():
+        for _ in as_stored(source, name).pieces():
+            pass
     for name, weight in source.qat.modules.items() if source.kind == OWN else ():
         if not torch.equal(
             source.weights.read(f"{name}.weight").float(), _wide(source.qat.group_size, weight)

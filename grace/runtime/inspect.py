@@ -19,7 +19,7 @@ from rich.table import Table
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from grace.checked_files import INDEX, WEIGHTS, read_json
+from grace.checked_files import INDEX, WEIGHTS, read_json, reading
 from grace.checkpoint import read_qat
 from grace.errors import UserError
 from grace.kernels import registry
@@ -61,7 +61,8 @@ def inspect_checkpoint(directory: str | Path) -> dict[str, Any]:
         UserError: nothing quantized there, or damaged files.
     """
     directory = Path(directory)
-    kind = checkpoint_kind(directory)
+    with reading(directory):
+        kind = checkpoint_kind(directory)
     if kind == "plain":
         raise UserError(f"{directory} holds no quantized weights: give an AWQ or QAT directory")
     if kind == "qat" or (directory / WEIGHTS).exists() or (directory / INDEX).exists():

@@ -4,6 +4,7 @@ The fuzz corpus changes real files (headers above all) at random, the same way o
 by default, 10,000 in the slow test.
 """
 
+import errno
 import io
 import json
 import os
@@ -14,6 +15,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Iterator
@@ -25,6 +27,7 @@ from foreign_checkpoints import (  # pyright: ignore[reportMissingImports] - tes
     write_awq,
     write_reference_qat,
 )
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from grace.checked_files import DamagedFile, parse_json, safetensors_header
@@ -32,6 +35,8 @@ from grace.checkpoint import read_qat
 from grace.errors import UserError
 from grace.export.checked_gguf import gguf_header
 from grace.export.pack import export_run
+from grace.export.push import open_upload
+from grace.export.quantize import quantize_model
 from grace.export.source import open_source
 from grace.export.torch_archive import TorchFile
 from grace.files import sha256_of
@@ -220,6 +225,44 @@ def test_a_gigabyte_of_config(directories, tmp_path: Path):
     one_line(load, directory)
 
 
+def test_an_export_into_its_own_source(directories, tmp_path: Path):
+    directory = copied(directories["qat"], tmp_path / "m")
+    out = directory / "grace_qat" / "sub"
+    assert "a part of the checkpoint" in one_line(export_run, directory, out, ("qat",))
+    assert not out.exists()
+
+
+def test_a_directory_that_one_may_not_look_into(directories, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Root may look anywhere, so that the refusal is made up."""
+
+    def refuse(path: Path) -> bool:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(Path, "is_dir", refuse)
+    for call in (
+        lambda: export_run(directories["awq"], tmp_path / "out"),
+        lambda: quantize_model(directories["plain"], tmp_path / "out"),
+        lambda: inspect_checkpoint(directories["awq"]),
+        lambda: open_upload(directories["awq"]),
+    ):
+        assert "cannot be read ([Errno 13] Permission denied" in one_line(call)
+
+
+@pytest.mark.parametrize("fault", ["no folder", "no room"])
+def test_no_room_for_temporary_files(
+    directories, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+):
+    def full(*arguments: object, **options: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    if fault == "no folder":
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
+    else:
+        monkeypatch.setattr(Image.Image, "save", full)
+    directory = copied(directories["mlx"], tmp_path / "m")
+    refused(directory, tmp_path, "cannot write temporary files .*set TMPDIR", "mlx")
+
+
 # ---------------------------------------------------------------- weights
 
 
@@ -272,7 +315,21 @@ def test_dense_weights_that_are_no_numbers(directories, tmp_path: Path, kind: st
     tensors["model.language_model.norm.weight"][0] = float("nan")
     (directory / "model.safetensors").unlink()
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    refused(directory, tmp_path, "NaN or infinite", "mlx")
+    for format in ("mlx",) if kind == "foreign" else ("mlx", "qat"):  # QAT holds no zero points
+        refused(directory, tmp_path, "NaN or infinite", format)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.bool])
+@pytest.mark.parametrize("kind", ["awq", "compressed-tensors", "mlx", "qat"])
+def test_dense_weights_that_are_integers(directories, tmp_path: Path, kind: str, dtype: torch.dtype):
+    directory = copied(directories[kind], tmp_path / "m")
+    tensors = load_file(directory / "model.safetensors")
+    name = next(name for name in sorted(tensors) if name.endswith("patch_embed.proj.bias"))
+    tensors[name] = tensors[name].to(dtype)
+    (directory / "model.safetensors").unlink()
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    for format in ("awq", "compressed-tensors", "gguf", "mlx", "qat"):
+        refused(directory, tmp_path, "no weights", format)
 
 
 @pytest.mark.parametrize("kind", ["awq", "compressed-tensors", "mlx", "gguf", "qat", "refqat", "foreign"])
