@@ -41,7 +41,7 @@ def run_export(args: argparse.Namespace) -> int:
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    records = load_records(Path(args.parity_data)) if args.parity_data else None
+    records = given_records(args.parity_data)
     card = card_inputs(args.base_model, args.results)
     report = export_run(
         Path(args.run),
@@ -56,6 +56,19 @@ def run_export(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(report))
     return 0
+
+
+def given_records(path: Path | None) -> Sequence[Record] | None:
+    """The records of `--parity-data`.
+
+    Raises:
+        UserError: they cannot be read; a device or a pipe is not, for it need not end.
+    """
+    if path is None:
+        return None
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise UserError(f"{path} is no regular file: give --parity-data a file of records")
+    return load_records(path)
 
 
 def export_run(

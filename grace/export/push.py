@@ -21,7 +21,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 
-from grace.checked_files import reading
+from grace.checked_files import read_text, reading
 from grace.errors import UserError
 from grace.export.record import CARD, files_of, read_record
 
@@ -102,8 +102,11 @@ def _opened(directory: Path) -> Upload:
 def require_card(path: Path) -> None:
     """Raises `UserError` unless the card's front matter says what the Hub needs to know, in its own terms."""
     try:
-        data = ModelCard.load(path).data.to_dict()
-    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+        text = read_text(path)
+        if not text.lstrip().startswith("---"):  # which the library would tell in a line of its own
+            raise ValueError("it has no front matter")
+        data = ModelCard(text).data.to_dict()
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"{path} is no model card ({_first_line(error)}): export again") from error
     faults = [f"{field} is missing" for field in ("license", "library_name", "tags") if not data.get(field)]
     if data.get("pipeline_tag") != PIPELINE:

@@ -17,6 +17,7 @@ from grace.export import awq, compressed_tensors, mlx, reference_qat
 from grace.export.awq import AWQ_MODULES
 from grace.export.contents import OWN, Modules, Source, require_group_size, surveyed
 from grace.export.provenance import provenance
+from grace.export.run_facts import require_facts
 from grace.export.shards import Weights
 from grace.export.stream import TensorFile
 from grace.export.tensor_check import require_shapes
@@ -132,6 +133,7 @@ def reader(kind: str) -> Any:
 def _read_own(directory: Path, config: Mapping[str, Any]) -> Source:
     """A QAT checkpoint: codes and scales as trained, and the weights that they give."""
     info = read_qat_info(directory)
+    require_facts(info, directory)
     bits, group_size = info["bits"], info["group_size"]
     with damage_of(directory, "restore it or train again"):
         file = TensorFile(directory / QAT_FOLDER / QAT_TENSORS)

@@ -34,7 +34,8 @@ from grace.checked_files import DamagedFile, parse_json, safetensors_header
 from grace.checkpoint import read_qat
 from grace.errors import UserError
 from grace.export.checked_gguf import gguf_header
-from grace.export.pack import export_run
+from grace.export.pack import export_run, given_records
+from grace.export.provenance import provenance
 from grace.export.push import open_upload
 from grace.export.quantize import quantize_model
 from grace.export.source import open_source
@@ -124,6 +125,23 @@ CONFIGS = {
         {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Evil", "AutoModel": "evil.Evil"}},
         "an? evil model",
     ),
+    "a billion labels": ({"num_labels": 10**9}, "num_labels"),
+    "a billion labels of text": ({"text_config__num_labels": 10**9}, "text_config.num_labels"),
+    "a billion labels of pictures": ({"vision_config__num_labels": 10**9}, "vision_config.num_labels"),
+    "labels that are none": ({"id2label": 10**9}, "id2label"),
+    "a tower of no type": ({"vision_config__model_type": []}, "vision_config.model_type"),
+    "turned by nothing": ({"text_config__rope_theta": 0}, "rope_theta"),
+    "turned backwards": ({"text_config__rope_parameters": {"rope_theta": -1}}, "rope_theta"),
+    "turned by a word": ({"text_config__rope_scaling": "mrope"}, "rope_scaling"),
+    **{
+        f"positions of {sections}": (
+            {"text_config__rope_scaling": {"mrope_section": sections}},
+            "mrope_section",
+        )
+        for sections in (None, [], {}, 24, "24")
+    },
+    "a picture token beyond all": ({"image_token_id": 10**9}, "image_token_id"),
+    "an end in words": ({"text_config__eos_token_id": "x"}, "eos_token_id"),
     "no model type": ({"model_type": ["qwen3_vl"]}, "model of unknown type"),
 }
 
@@ -140,6 +158,59 @@ def test_a_config_that_cannot_be(directories, tmp_path: Path, kind: str, case: s
     assert re.search(message, said), said
     if kind == "plain" and case != "fewer layers":  # what training does not ask for it leaves aside
         one_line(qwen3vl.load_model, str(directory))
+
+
+def test_another_token_for_pictures(directories, tmp_path: Path):
+    directory = copied(directories["mlx"], tmp_path / "m")
+    config_with(directory, image_token_id=0)
+    refused(directory, tmp_path, "image_token_id is 0, its tokenizer has", "mlx")
+
+
+BLOCKS = {
+    "awq": ({"bits": 4.0}, {"bits": True}, {"group_size": 0}, {"group_size": 128.0}),
+    "mlx": ({"bits": 4.0}, {"bits": [4]}, {"group_size": 128.0}),
+    "compressed-tensors": ({"num_bits": 4.0}, {"num_bits": [4]}, {"group_size": "128"}),
+}
+
+
+@pytest.mark.parametrize(("kind", "changes"), [(kind, one) for kind, all in BLOCKS.items() for one in all])
+def test_bits_and_groups_that_are_no_whole_numbers(directories, tmp_path: Path, kind: str, changes: dict):
+    directory = copied(directories[kind], tmp_path / "m")
+    config = json.loads((directory / "config.json").read_text())
+    block = config["quantization" if kind == "mlx" else "quantization_config"]
+    if kind == "compressed-tensors":
+        (block,) = (group["weights"] for group in block["config_groups"].values())
+    block |= changes
+    config_with(directory, **{key: config[key] for key in config if key.startswith("quantization")})
+    if kind == "awq":
+        (directory / "awq_quantized_modules.json").unlink(missing_ok=True)
+        one_line(inspect_checkpoint, directory)
+    refused(directory, tmp_path, "AWQ with|is MLX with|another compressed|a group size", "mlx")
+
+
+FACTS = [
+    {"sections": "Training"}, {"sections": [1]}, {"recipe": {"data": {"path": 7}}}, {"recipe": {"data": []}},
+    {"recipe": {"student": "x"}}, {"recipe": {"teacher": {"path": {}}}}, {"recipe": {"optim": [1]}},
+    {"recipe": {"data": {"path": "x.json", "validation_path": 3}}}, {"recipe": {"data": {"max_length": "x"}}},
+    {"recipe": {"data": {"path": "x.json", "skip": 3}}}, {"base_model": {}}, {"metrics": [1]},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("facts", FACTS)
+def test_a_history_that_cannot_be(directories, tmp_path: Path, facts: dict):
+    directory = copied(directories["qat"], tmp_path / "m")
+    path = directory / "grace_qat" / "info.json"
+    replace(path, json.dumps({**json.loads(path.read_text()), **facts}))
+    for format in ("qat", "mlx"):
+        refused(directory, tmp_path, "in info.json is", format)
+
+
+def test_a_card_that_begins_with_a_section(directories, tmp_path: Path):
+    directory = copied(directories["mlx"], tmp_path / "m")
+    replace(directory / "README.md", "## Training\n\nx\n\n# a, GRACE W4G128\n")
+    assert provenance(directory)["sections"] == ["## Training\n\nx\n\n# a, GRACE W4G128"]
+    replace(directory / "README.md", "## \n# a, GRACE W4G128\n")
+    assert provenance(directory)["sections"] == []
 
 
 @pytest.mark.parametrize(
@@ -172,6 +243,10 @@ PROCESSORS = {
     "a large patch": ({"patch_size": 10**9}, "patch_size"),
     "no mean": ({"image_mean": ["a", 0, 0]}, "image_mean"),
     "merged by nothing": ({"merge_size": 0}, "merge_size"),
+    "of no type": ({"image_processor_type": None}, "its image processor is a None"),
+    "of types": ({"image_processor_type": {}}, "its image processor is a"),
+    "resized by a table": ({"do_resize": {}}, "do_resize"),
+    "scaled by words": ({"rescale_factor": "x"}, "rescale_factor"),
 }
 
 
@@ -184,6 +259,18 @@ def test_an_image_processor_that_cannot_be(directories, tmp_path: Path, case: st
     replace(directory / "processor_config.json", json.dumps(stored))
     assert message in one_line(load, directory)
     refused(directory, tmp_path, message)
+
+
+@pytest.mark.parametrize("length", ["x", [1], True])
+def test_a_tokenizer_of_no_length(directories, tmp_path: Path, length: object):
+    directory = copied(directories["awq"], tmp_path / "m")
+    stored = json.loads((directory / "tokenizer_config.json").read_text())
+    replace(directory / "tokenizer_config.json", json.dumps({**stored, "model_max_length": length}))
+    refused(directory, tmp_path, "model_max_length|cannot load a Qwen3-VL processor", "mlx")
+
+
+def test_parity_data_that_does_not_end():
+    assert "no regular file" in one_line(given_records, Path("/dev/zero"))
 
 
 @pytest.mark.parametrize("ends", ["x", [7, "x"], -1, 10**9, [[1]], 1.5])
