@@ -155,6 +155,8 @@ def _awq_layer(
         raise ValueError(
             f"{name}: qweight {tuple(qweight.shape)} and scales {tuple(scales.shape)} do not fit"
         )
+    if not bool(scales.isfinite().all()):  # NaN is no JSON either
+        raise ValueError(f"{name}: scales hold NaN or infinite values")
     stored = qweight.nbytes + qzeros.nbytes + scales.nbytes
     return _Layer(name, bits, group_size, codes_OI, scales.t().float(), stored, None)
 

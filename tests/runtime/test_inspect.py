@@ -101,6 +101,7 @@ def test_the_command_prints_a_table_or_json(qat_run: Path, awq_dir: Path, capsys
         (lambda path: (path / "model.safetensors").write_bytes(b"x" * 99), "damaged"),
         (lambda path: (path / "model.safetensors").unlink(), "no quantized layers"),
         (lambda path: drop(path, "scales"), "damaged"),
+        (lambda path: drop(path, "scales", float("nan")), "scales hold NaN"),
         (lambda path: edit_block(path, group_size=0), "groups of '0'"),
         (lambda path: edit_block(path, bits=4.0), "'4.0' bits"),
     ],
@@ -143,9 +144,14 @@ def test_latents_that_are_no_numbers_or_not_whole(qat_run: Path, tmp_path: Path)
         json.dumps(report, allow_nan=False)
 
 
-def drop(path: Path, suffix: str) -> None:
+def drop(path: Path, suffix: str, value: float | None = None) -> None:
+    """Leaves a tensor out, or fills it with a value instead."""
     tensors = load_file(path / "model.safetensors")
-    del tensors[next(name for name in sorted(tensors) if name.endswith(suffix))]
+    name = next(name for name in sorted(tensors) if name.endswith(suffix))
+    if value is None:
+        del tensors[name]
+    else:
+        tensors[name].fill_(value)
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
 
 
