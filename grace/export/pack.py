@@ -14,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from grace.checked_files import reading
 from grace.checkpoint import QAT_FOLDER
 from grace.data.audit_list import list_path, read_list
 from grace.data.faults import Policies
@@ -58,16 +59,18 @@ def run_export(args: argparse.Namespace) -> int:
     return 0
 
 
-def given_records(path: Path | None) -> Sequence[Record] | None:
+def given_records(given: str | Path | None) -> Sequence[Record] | None:
     """The records of `--parity-data`.
 
     Raises:
         UserError: they cannot be read; a device or a pipe is not, for it need not end.
     """
-    if path is None:
+    if given is None:
         return None
-    if path.exists() and not path.is_file() and not path.is_dir():
-        raise UserError(f"{path} is no regular file: give --parity-data a file of records")
+    path = Path(given)
+    with reading(path):
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise UserError(f"{path} is no regular file: give --parity-data a file of records")
     return load_records(path)
 
 
