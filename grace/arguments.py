@@ -106,10 +106,10 @@ def byte_size(text: str) -> int:
     """An argument type: bytes, as the Hub writes them (`500MB` and `2GB` are decimal, `2GiB` is binary)."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(?:([KMGT])(i?)B?|B)?", text.strip(), re.IGNORECASE)
     number, unit, binary = found.groups() if found else ("0", None, None)
-    size = int(float(number) * (1024 if binary else 1000) ** (" KMGT".index(unit.upper()) if unit else 0))
-    if size < 1:
+    size = float(number) * (1024 if binary else 1000) ** (" KMGT".index(unit.upper()) if unit else 0)
+    if not 1 <= size < 2**63:
         raise argparse.ArgumentTypeError(f"{text!r} must be a size above 0: 500MB, 2GB or 2GiB")
-    return size
+    return int(size)
 
 
 def split_sizes(text: str) -> dict[str, int]:

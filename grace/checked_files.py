@@ -66,6 +66,15 @@ def damage_of(what: str | Path, mend: str) -> Iterator[None]:
         raise UserError(f"{what} is damaged ({reason}): {mend}") from error
 
 
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turns what the system refuses while a directory is looked at into a `UserError`."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({reason_of(error)}): give one that you may read") from error
+
+
 def shown(text: Any) -> str:
     """A name out of a file, fit to be printed."""
     whole = repr(str(text))

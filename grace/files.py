@@ -7,6 +7,7 @@ import glob
 import hashlib
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -120,10 +121,29 @@ _held: set[TextIO] = set()
 os.register_at_fork(after_in_child=_let_go)
 
 
-def require_free(path: Path, flag: str = "--out") -> None:
-    """Raises `UserError` when `path` already holds something that would be overwritten."""
-    if path.is_file() or (path.is_dir() and any(path.iterdir())):
-        raise UserError(f"{path} already exists and is not empty: choose another {flag} or remove it")
+def require_free(path: Path, flag: str = "--out") -> Path:
+    """`path` as it will be written, links and dots followed, if a new directory can take its place.
+
+    Raises:
+        UserError: it already holds something that would be overwritten, or cannot be replaced.
+    """
+    try:
+        place = path.resolve()
+        kind = place.lstat().st_mode if os.path.lexists(place) else None
+        if kind is not None and (not stat.S_ISDIR(kind) or any(place.iterdir())):
+            raise UserError(f"{path} already exists and is not empty: choose another {flag} or remove it")
+        if place == Path.cwd():  # whose shell would stay in the old one
+            raise UserError(
+                f"{path} is the current directory: set {flag} to a folder in it, or to one elsewhere"
+            )
+        if kind is not None and place.is_mount():
+            raise UserError(
+                f"{path} is a mount point, which nothing can replace: set {flag} to a folder below it"
+            )
+    except (OSError, RuntimeError, ValueError) as error:  # a loop of links is a RuntimeError
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot write to {path} ({reason}): choose another {flag}") from error
+    return place
 
 
 @contextlib.contextmanager
@@ -134,10 +154,9 @@ def new_directory(path: Path, flag: str = "--out") -> Iterator[Path]:
     `path` left that was killed, and could remove nothing itself, is removed first.
 
     Raises:
-        UserError: `path` already holds files, its parent cannot be written to, or the disk is full.
+        UserError: `path` already holds files, its parent cannot be written to, or the disk refuses a file.
     """
-    require_free(path, flag)
-    path = path.resolve() if path.is_symlink() else path
+    path = require_free(path, flag)
     lock = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -151,26 +170,46 @@ def new_directory(path: Path, flag: str = "--out") -> Iterator[Path]:
         raise UserError(f"cannot write to {path.parent} ({error.strerror}): choose another {flag}") from error
     try:
         yield scratch
-        for folder, _, names in os.walk(scratch, topdown=False):
-            for name in names:
-                os.chmod(Path(folder) / name, 0o644)  # some libraries write for the owner alone
-                sync(Path(folder) / name)
-            sync(Path(folder))
-        os.chmod(scratch, 0o755)
-        if path.is_dir():
-            path.rmdir()
-        os.rename(scratch, path)
+        _settle(scratch)
+        _show(scratch, path, flag)
     except BaseException as error:
         shutil.rmtree(scratch, ignore_errors=True)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if isinstance(error, OSError) and error.errno is not None:
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
             raise UserError(
                 f"{path.parent} is full ({error.strerror}): free some space, or choose another {flag}"
+                if full
+                else f"cannot write to {path.parent} ({error}): mend that, or choose another {flag}"
             ) from error
         raise
     finally:
         if lock is not None:
             os.close(lock)
     sync(path.parent)
+
+
+def _settle(scratch: Path) -> None:
+    """Everything in a directory on disk, for all to read."""
+    for folder, _, names in os.walk(scratch, topdown=False):
+        for name in names:
+            os.chmod(Path(folder) / name, 0o644)  # some libraries write for the owner alone
+            sync(Path(folder) / name)
+        sync(Path(folder))
+    os.chmod(scratch, 0o755)
+
+
+def _show(scratch: Path, path: Path, flag: str) -> None:
+    """Gives a finished directory its name, which an empty one may have.
+
+    Raises:
+        UserError: another process has written there meanwhile.
+    """
+    try:
+        os.rename(scratch, path)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise
+        raise UserError(f"{path} was written by another process meanwhile: choose another {flag}") from error
 
 
 def _remove_abandoned(path: Path) -> None:

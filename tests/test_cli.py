@@ -30,6 +30,10 @@ USAGE_ERRORS = {
     "export: unknown format": (["export", "run", "--out", "x", "--format", "awk"], "'awq'"),
     "export: size in words": (["export", "run", "--out", "x", "--max-shard-size", "big"], "2GiB"),
     "export: no size": (["export", "run", "--out", "x", "--max-shard-size", "0"], "above 0"),
+    "export: a size beyond all": (
+        ["export", "run", "--out", "x", "--max-shard-size", "9" * 400],
+        "must be a size",
+    ),
     "quantize: no out": (["quantize", "model"], "--out"),
     "quantize: one bit": (["quantize", "model", "--out", "x", "--bits", "1"], "--bits"),
     "quantize: odd groups": (["quantize", "model", "--out", "x", "--group-size", "100"], "--group-size"),

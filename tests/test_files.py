@@ -153,6 +153,71 @@ def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.parametrize("number", [errno.EFBIG, errno.EACCES, errno.EROFS, errno.EIO, errno.ENAMETOOLONG])
+def test_a_disk_that_refuses_is_one_line(tmp_path: Path, number: int) -> None:
+    def write() -> None:
+        with new_directory(tmp_path / "model"):
+            raise OSError(number, os.strerror(number), "file")
+
+    with pytest.raises(UserError, match=f"cannot write to .*{os.strerror(number)}.*another --out"):
+        write()
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_fault_of_ours_stays_one(tmp_path: Path) -> None:
+    def fail() -> None:
+        with new_directory(tmp_path / "model"):
+            raise OSError("the file ends early")
+
+    with pytest.raises(OSError, match="ends early"):
+        fail()
+
+
+@pytest.mark.parametrize("where", [".", "sub/..", "../here"])
+def test_the_current_directory_cannot_be_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(UserError, match="is the current directory"):
+        require_free(Path(where))
+    assert os.listdir(tmp_path) == ["here"]
+
+
+def test_dots_are_followed(tmp_path: Path) -> None:
+    with new_directory(tmp_path / "empty" / "sub" / "..") as scratch:
+        (scratch / "weights").write_text("1")
+    assert os.listdir(tmp_path / "empty") == ["weights"]
+
+
+def test_what_no_directory_can_replace_is_refused_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "mounted").mkdir()
+    monkeypatch.setattr(Path, "is_mount", lambda path: path.name == "mounted")
+    for out, message in (
+        (Path("/dev/null"), "already exists"),
+        (tmp_path / "loop", "cannot write to .*loop"),
+        (tmp_path / "mounted", "mount point.*a folder below it"),
+        (tmp_path / "a\0b", "cannot write"),
+    ):
+        with pytest.raises(UserError, match=message):
+            require_free(out)
+
+
+def test_the_second_of_two_writers_is_told(tmp_path: Path) -> None:
+    def both() -> None:
+        with new_directory(tmp_path / "model") as late:
+            (late / "weights").write_text("2")
+            with new_directory(tmp_path / "model") as early:
+                (early / "weights").write_text("1")
+
+    with pytest.raises(UserError, match="written by another process"):
+        both()
+    assert os.listdir(tmp_path) == ["model"] and (tmp_path / "model" / "weights").read_text() == "1"
+
+
 def test_a_forked_child_does_not_keep_the_lock_of_a_parent_that_was_killed(tmp_path: Path) -> None:
     script = """
 import os, sys, time

@@ -246,7 +246,7 @@ def _require_variant(directory: Path, config: Mapping[str, Any], names: list[str
         about.get("bits", about.get("w_bit")),
         str(about.get("version") or about.get("format") or "gemm").lower(),
     )
-    if bits != BITS or order != "gemm":
+    if type(bits) is not int or bits != BITS or order != "gemm":
         raise UserError(
             f"{directory} is AWQ with {shown(bits)} bits and version {shown(order)}: GRACE reads 4 bits, version gemm"
         )

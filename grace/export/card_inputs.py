@@ -10,6 +10,7 @@ from typing import Any
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from grace.checked_files import read_text
 from grace.errors import UserError
 
 RESULTS = "results.json"
@@ -56,13 +57,13 @@ def read_results(path: Path) -> dict[str, Any]:
     """
     file = path / RESULTS if path.is_dir() else path
     try:
-        results = json.loads(file.read_text(encoding="utf-8"))
+        results = json.loads(read_text(file))
         tasks = results["tasks"]
         for name, task in tasks.items():
             if not isinstance(name, str) or not math.isfinite(task["score"]):
                 raise ValueError(f"{name} has no score")
         if not tasks:
             raise ValueError("no tasks")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise UserError(f"{file} holds no scores ({error!r}): give what `grace eval` wrote") from error
     return results

@@ -112,7 +112,7 @@ def _scheme(directory: Path, config: Mapping[str, Any]) -> tuple[int, int, bool]
             key: weights.get(key, value) for key, value in wanted.items() if weights.get(key, value) != value
         }
         bits, group_size, symmetric = weights["num_bits"], weights["group_size"], bool(weights["symmetric"])
-    if form != "pack-quantized" or active is not None or other or bits not in BITS:
+    if form != "pack-quantized" or active is not None or other or type(bits) is not int or bits not in BITS:
         named = other or {"format": form, "num_bits": bits, "input_activations": active and "quantized"}
         raise UserError(
             f"{directory} holds another compressed-tensors scheme ({shown(named)}): GRACE reads pack-quantized "

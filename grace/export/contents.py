@@ -17,7 +17,6 @@ from torch import Tensor
 
 from grace.checked_files import MEND, damage_of, shown
 from grace.checkpoint import QatState, QuantizedWeight
-from grace.errors import UserError
 
 OWN = "qat"  # the kind of a checkpoint with `grace_qat/`; one that GRACE trained knows its recipe
 ROUNDED = "full-precision"  # that of a model whose codes `grace quantize` makes
@@ -198,10 +197,8 @@ def modules_of(source: Source) -> Modules:
 
 
 def is_tied(config: Mapping[str, Any]) -> bool:
-    """Whether head and embeddings are one tensor; either spelling of the setting counts."""
-    text = config.get("text_config")
-    inner = text.get("tie_word_embeddings", False) if isinstance(text, Mapping) else False
-    return bool(config.get("tie_word_embeddings", inner))
+    """Whether head and embeddings are one tensor, as loaders take it: see `grace.export.tensor_check`."""
+    return bool(config.get("tie_word_embeddings", False))
 
 
 def without_packing(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -250,34 +247,6 @@ def require_group_size(group_size: Any, shapes: Mapping[str, tuple[int, ...]]) -
         if len(shape) != 2 or math.prod(shape) == 0 or shape[1] % group_size:
             raise ValueError(f"{name} of shape {tuple(shape)} has no groups of {group_size}")
     return group_size
-
-
-def require_shapes(source: Source, expected: Mapping[str, tuple[int, ...]]) -> None:
-    """Compares a source with the tensors that its config.json asks for, before any is read.
-
-    Raises:
-        UserError: one is missing, has another shape, or is not asked for.
-    """
-    modules, weights = modules_of(source).shapes, source.weights.shapes
-    tied = is_tied(source.config)
-    for name, shape in expected.items():
-        if tied and name == "lm_head.weight":
-            continue
-        module = name.removesuffix(".weight")
-        stored = modules.get(module) if module in modules and name != module else weights.get(name)
-        if stored is None:
-            raise UserError(f"{source.directory} is damaged ({name} is missing): {MEND}")
-        if tuple(stored) != tuple(shape):
-            raise UserError(
-                f"{source.directory} is damaged ({name} is {tuple(stored)}, its config.json says {tuple(shape)}): "
-                f"{MEND}"
-            )
-    held = {f"{name}.weight" for name in modules} | set(weights)
-    unknown = sorted(held - set(expected) - {"lm_head.weight"})
-    if unknown:
-        raise UserError(
-            f"{source.directory} holds {shown(unknown[0])}, which its config.json does not have: {MEND}"
-        )
 
 
 def _require_codes(name: str, what: str, codes: Tensor, shape: tuple[int, ...], bits: int) -> None:

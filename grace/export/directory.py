@@ -53,13 +53,32 @@ def dense_pieces(source: Source, name: str, dtype: torch.dtype | None = None) ->
     """A dense tensor piece by piece: rounded to its `dense_dtype`, then given as `dtype`.
 
     Raises:
-        UserError: it holds NaN or infinities.
+        UserError: it holds NaN or infinities, or numbers that become infinite when rounded.
     """
     rounded = dense_dtype(source, name)
+    given = dtype or rounded
     for piece in source.weights.pieces(name):
-        if piece.is_floating_point() and not bool(torch.isfinite(piece).all()):
-            raise UserError(f"{source.directory} is damaged ({name} holds NaN or infinite values): {MEND}")
-        yield piece.to(rounded).to(dtype or rounded)
+        _require_finite(source, name, piece, "holds NaN or infinite values")
+        stored = piece.to(rounded).to(given)
+        kind = str(rounded if rounded.itemsize < given.itemsize else given).removeprefix("torch.")
+        _require_finite(source, name, stored, f"holds values too large for {kind}")
+        yield stored
+
+
+def _require_finite(source: Source, name: str, piece: Tensor, fault: str) -> None:
+    if not bool(torch.isfinite(piece).all()):
+        raise UserError(f"{source.directory} is damaged ({name} {fault}): {MEND}")
+
+
+def as_stored(source: Source, name: str) -> Entry:
+    """A dense tensor in the type that the source has it in; errors as of `dense_pieces` when it is written."""
+
+    def pieces() -> Iterator[Tensor]:
+        for piece in source.weights.pieces(name):
+            _require_finite(source, name, piece, "holds NaN or infinite values")
+            yield piece
+
+    return Entry(name, source.weights.dtypes[name], source.weights.shapes[name], pieces)
 
 
 def dense_entries(source: Source) -> list[Entry]:
@@ -154,7 +173,7 @@ def deployed_config(config: Mapping[str, Any], dtype: str = "bfloat16") -> dict[
     whole = {**retyped(config), "dtype": dtype}
     text = whole.get("text_config")
     if isinstance(text, dict):
-        text.setdefault("tie_word_embeddings", is_tied(config))
+        text["tie_word_embeddings"] = is_tied(config)
         rope = text.get("rope_parameters")
         if isinstance(rope, dict) and "rope_theta" in rope:
             text.setdefault("rope_theta", rope["rope_theta"])

@@ -109,7 +109,7 @@ def _scheme(directory: Path, config: Mapping[str, Any]) -> tuple[int, int]:
         own = [key for key in block if key not in known]  # type: ignore[union-attr]
         bits, mode = block["bits"], block.get("mode", "affine")  # type: ignore[index,union-attr]
         group_size = block["group_size"]  # type: ignore[index]
-    if own or mode != "affine" or bits not in BITS:
+    if own or mode != "affine" or type(bits) is not int or bits not in BITS:
         what = (
             f"settings of their own for {shown(own[0])}"
             if own

@@ -182,7 +182,7 @@ def _origin(source: Source, base: str, card: CardInputs) -> list[str]:
             "codes, nothing was quantized again."
         )
         scored = [] if card.results is None else [f"## Scores\n\n{scores(card.results)}"]
-        return [made, *source.qat.info.get("sections", []), *scored]
+        return [made, *(source.qat.info.get("sections") or []), *scored]
     made = _training(source, base) if rounded is None else _rounding(source, base, rounded)
     return [made, metrics(source.qat.info.get("metrics"), card.results)]
 

@@ -9,12 +9,13 @@ model is not the one that was read, nothing is published.
 import argparse
 import json
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from grace.checked_files import reading
+from grace.checkpoint import QAT_FOLDER
 from grace.data.audit_list import list_path, read_list
 from grace.data.faults import Policies
 from grace.data.records import Record, load_records
@@ -24,7 +25,7 @@ from grace.export.card_inputs import NOTHING, CardInputs, card_inputs
 from grace.export.contents import Source
 from grace.export.fit import fitted
 from grace.export.model_card import model_card
-from grace.export.probe import probe_records
+from grace.export.probe import probe_records, scraps
 from grace.export.record import CARD, write_record
 from grace.export.reference import Reference
 from grace.export.source import open_source, read_back
@@ -41,7 +42,7 @@ def run_export(args: argparse.Namespace) -> int:
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    records = load_records(Path(args.parity_data)) if args.parity_data else None
+    records = given_records(args.parity_data)
     card = card_inputs(args.base_model, args.results)
     report = export_run(
         Path(args.run),
@@ -56,6 +57,21 @@ def run_export(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(report))
     return 0
+
+
+def given_records(given: str | Path | None) -> Sequence[Record] | None:
+    """The records of `--parity-data`.
+
+    Raises:
+        UserError: they cannot be read; a device or a pipe is not, for it need not end.
+    """
+    if given is None:
+        return None
+    path = Path(given)
+    with reading(path):
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise UserError(f"{path} is no regular file: give --parity-data a file of records")
+    return load_records(path)
 
 
 def export_run(
@@ -93,13 +109,13 @@ def export_run(
         raise UserError(f"no format: choose from {', '.join(FORMATS)}")
     require_free(out)
     opened = open_source(source)
+    if out.resolve().is_relative_to((opened.directory / QAT_FOLDER).resolve()):
+        raise UserError(f"{out} is a part of the checkpoint that is exported: choose another --out")
     fits = {name: fitted(opened, name) for name in formats}
-    with tempfile.TemporaryDirectory() as scraps:
+    with scraps() as folder:
         reference = None
         if any(name != "qat" for name in formats):
-            reference = Reference(
-                opened, parity_records(opened, validation_records, image_root, Path(scraps))
-            )
+            reference = Reference(opened, parity_records(opened, validation_records, image_root, folder))
         qat.require_consistent(opened)
         written = publish(fits, out, reference, max_shard_bytes, card)
     return {"source": str(source), "kind": opened.kind, "formats": written}
@@ -198,21 +214,21 @@ def gate(
 
 
 def parity_records(
-    source: Source, given: Sequence[Record] | None, image_root: str | Path | None, scraps: Path
+    source: Source, given: Sequence[Record] | None, image_root: str | Path | None, folder: Path
 ) -> list[Record]:
     """The records that the gate compares on, read now so that a missing file stops before any work.
 
     A source whose recipe is not known is asked about noise.
 
     Args:
-        scraps: a folder for pictures of noise.
+        folder: a folder for pictures of noise.
 
     Raises:
         UserError: none can be had; says how to name others.
     """
     data = source.recipe.get("data") or {}
     if given is None and not data.get("path"):
-        given = probe_records(scraps)
+        given = probe_records(folder)
     if given is None:
         files = paths_of(data["path"])
         path = data.get("validation_path") or files[0]

@@ -63,4 +63,8 @@ def _front_matter(text: str) -> dict[str, Any]:
 
 def _sections(text: str) -> list[str]:
     parts = re.split(r"^(?=## )", text, flags=re.MULTILINE)
-    return [part.strip() for part in parts if part.splitlines()[0].removeprefix("## ") in _KEPT_SECTIONS]
+    return [
+        part.strip()
+        for part in parts
+        if part.partition("\n")[0].strip().removeprefix("## ") in _KEPT_SECTIONS
+    ]

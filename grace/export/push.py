@@ -21,6 +21,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 
+from grace.checked_files import read_text, reading
 from grace.errors import UserError
 from grace.export.record import CARD, files_of, read_record
 
@@ -82,6 +83,11 @@ def open_upload(directory: Path) -> Upload:
     Raises:
         UserError: no passed parity gate, a card that the Hub would refuse, or files that should not go.
     """
+    with reading(directory):
+        return _opened(directory)
+
+
+def _opened(directory: Path) -> Upload:
     record = read_record(directory)
     files = {name: path for name, path in files_of(directory).items() if not _hidden(name)}
     for name, path in files.items():
@@ -96,8 +102,11 @@ def open_upload(directory: Path) -> Upload:
 def require_card(path: Path) -> None:
     """Raises `UserError` unless the card's front matter says what the Hub needs to know, in its own terms."""
     try:
-        data = ModelCard.load(path).data.to_dict()
-    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+        text = read_text(path)
+        if not text.lstrip().startswith("---"):  # which the library would tell in a line of its own
+            raise ValueError("it has no front matter")
+        data = ModelCard(text).data.to_dict()
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"{path} is no model card ({_first_line(error)}): export again") from error
     faults = [f"{field} is missing" for field in ("license", "library_name", "tags") if not data.get(field)]
     if data.get("pipeline_tag") != PIPELINE:

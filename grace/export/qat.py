@@ -21,6 +21,7 @@ from grace.errors import UserError
 from grace.export.contents import OWN, ROUNDED, Source, modules_of
 from grace.export.directory import (
     Part,
+    as_stored,
     dense_names,
     deployed_config,
     one_thread,
@@ -50,7 +51,7 @@ def write(source: Source, directory: Path, max_shard_bytes: int | None = None) -
             shutil.copyfile(path, directory / path.name)
     else:
         weights = source.weights
-        entries = [_dense(source, name) for name in weights.shapes]
+        entries = [as_stored(source, name) for name in weights.shapes]
         write_weights(directory, entries, {"format": "pt"}, "qat", max_shard_bytes)
     copy_verbatim_files(source.directory, directory)
     shutil.copytree(source.directory / QAT_FOLDER, directory / QAT_FOLDER, copy_function=shutil.copyfile)
@@ -59,7 +60,7 @@ def write(source: Source, directory: Path, max_shard_bytes: int | None = None) -
 def _write_converted(source: Source, directory: Path, max_shard_bytes: int | None) -> None:
     """W_hat as float32, whatever else as it is, and `grace_qat/` with codes and scales."""
     group_size = source.qat.group_size
-    weights = [_dense(source, name) for name in dense_names(source)]
+    weights = [as_stored(source, name) for name in dense_names(source)]
     state: list[Entry] = []
     for name, (outputs, inputs) in modules_of(source).shapes.items():
         parts = [
@@ -92,8 +93,9 @@ def _write_converted(source: Source, directory: Path, max_shard_bytes: int | Non
         file = directory / QAT_FOLDER / QAT_TENSORS
         with progress("qat state", sum(entry.nbytes for entry in state)) as advance:
             write_safetensors(file, state, {"format": "pt"}, advance)
+    known = ("base_model", "license", "sections", "rounded")  # what is not known is left out, not null
     info = {
-        **{key: source.qat.info.get(key) for key in ("base_model", "license", "sections", "rounded")},
+        **{key: source.qat.info[key] for key in known if source.qat.info.get(key) is not None},
         "converted_from": source.kind,
         "format_version": FORMAT_VERSION,
         "bits": source.qat.bits,
@@ -108,11 +110,6 @@ def _write_converted(source: Source, directory: Path, max_shard_bytes: int | Non
 
 def _wide(group_size: int, weight: QuantizedWeight) -> Tensor:
     return dequantize(weight.codes_OI, weight.scales_OG, group_size)
-
-
-def _dense(source: Source, name: str) -> Entry:
-    weights = source.weights
-    return Entry(name, weights.dtypes[name], weights.shapes[name], partial(weights.pieces, name))
 
 
 def check(source: Source, directory: Path, stored: Mapping[str, QuantizedWeight]) -> dict[str, Any]:
@@ -137,7 +134,10 @@ def check(source: Source, directory: Path, stored: Mapping[str, QuantizedWeight]
 
 
 def require_consistent(source: Source) -> None:
-    """Raises `UserError` if the weights of a QAT checkpoint are not those of its codes and scales."""
+    """Raises `UserError` if the weights of a QAT checkpoint are not those of its codes and scales, or no numbers."""
+    for name in dense_names(source) if source.kind == OWN else ():
+        for _ in as_stored(source, name).pieces():
+            pass
     for name, weight in source.qat.modules.items() if source.kind == OWN else ():
         if not torch.equal(
             source.weights.read(f"{name}.weight").float(), _wide(source.qat.group_size, weight)

@@ -17,18 +17,19 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from grace.checked_files import damage_of, require_regular
+from grace.checked_files import damage_of, reading, require_regular
 from grace.checkpoint import QatState, QuantizedWeight, is_qat
-from grace.data.records import Record, load_records
+from grace.data.records import Record
 from grace.errors import UserError
 from grace.export.awq import AWQ_MODULES
 from grace.export.card_inputs import NOTHING, CardInputs, card_inputs
-from grace.export.contents import PACKING_KEYS, ROUNDED, Modules, Source, is_tied
+from grace.export.contents import PACKING_KEYS, ROUNDED, Modules, Source
 from grace.export.fit import BITS, fitted, require_bits
-from grace.export.pack import publish, writer
+from grace.export.pack import given_records, publish, writer
 from grace.export.progress import progress
 from grace.export.reference import Reference
 from grace.export.shards import Weights
+from grace.export.tensor_check import require_tensors
 from grace.files import require_free
 from grace.models import qwen3vl
 from grace.models.config_check import read_config
@@ -49,7 +50,7 @@ def run_quantize(args: argparse.Namespace) -> int:
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    records = load_records(Path(args.parity_data)) if args.parity_data else None
+    records = given_records(args.parity_data)
     report = quantize_model(
         Path(args.model),
         Path(args.out),
@@ -127,18 +128,16 @@ def rounded_source(model: Path, bits: int, group_size: int, scales: str = "mse")
     Raises:
         UserError: no such model, one that is quantized already, or weights that do not fit its config.
     """
-    directory = _find_plain(model)
-    require_regular(directory)
-    config = read_config(directory)
+    with reading(model):
+        directory = _find_plain(model)
+        require_regular(directory)
+        config = read_config(directory)
     built = qwen3vl.config_of(config, directory)
     with damage_of(directory, "download it again"):
         weights = Weights(directory)
     require_tokenizer(directory)
+    require_tensors(directory, config, weights, qwen3vl.parameter_shapes(built))
     names = list(qwen3vl.decoder_linears(qwen3vl.skeleton(built)))
-    for name, shape in qwen3vl.parameter_shapes(built).items():
-        tied = name == "lm_head.weight" and is_tied(config)
-        if not tied and weights.shapes.get(name) != tuple(shape):
-            raise UserError(f"{directory} is inconsistent: its config and its weights disagree on {name}")
     for name in names:
         inputs = weights.shapes[f"{name}.weight"][1]
         if inputs % group_size:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from grace import __version__
+from grace.checked_files import TOKENIZER_LIMIT, read_text, reason_of, shown
 from grace.errors import UserError
 from grace.files import sha256_of
 
@@ -56,7 +57,7 @@ def read_record(directory: Path) -> dict[str, Any]:
             raise UserError(f"{directory} holds several exports: give one of {', '.join(inside)} in it")
         raise UserError(f"{directory} has no {RECORD}, so no passed parity gate: {_AGAIN}")
     try:
-        record = json.loads((directory / RECORD).read_text(encoding="utf-8"))
+        record = json.loads(read_text(directory / RECORD, TOKENIZER_LIMIT))
         if record["format_version"] != RECORD_VERSION:
             raise ValueError(f"format version {record['format_version']}, not {RECORD_VERSION}")
         claimed = record.pop("sha256")
@@ -64,8 +65,11 @@ def read_record(directory: Path) -> dict[str, Any]:
             raise ValueError("it was edited")
         files = {name: (listed["bytes"], listed["sha256"]) for name, listed in record["files"].items()}
         passed = record["parity"].get("codes_identical") is True
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{directory / RECORD} is damaged ({error}): {_AGAIN}") from error
+        for name, kind in (("format", str), ("bits", int), ("group_size", int)):
+            if type(record[name]) is not kind:
+                raise ValueError(f"{name} is {shown(record[name])}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{directory / RECORD} is damaged ({reason_of(error)}): {_AGAIN}") from error
     if not passed:
         raise UserError(f"{directory} did not pass the parity gate: {_AGAIN}")
     for name, (size, digest) in files.items():

@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grace.checked_files import MEND, reason_of
 from grace.data.batch import collate
 from grace.data.records import Record, open_image
 from grace.data.template import Sample, encode, encode_prompt
 from grace.distill.teacher import supervised
+from grace.errors import UserError
 from grace.export.contents import Source
 from grace.export.directory import dense_names
 from grace.models import qwen3vl
@@ -45,6 +47,12 @@ class Reference:
         self.source = source
         data = source.recipe.get("data") or {}
         self.processor = load_processor(source.directory, data.get("min_pixels"), data.get("max_pixels"))
+        stored = source.config.get("image_token_id", self.processor.image_token_id)
+        if stored != self.processor.image_token_id:
+            raise UserError(
+                f"{source.directory} is damaged (image_token_id is {stored}, its tokenizer has "
+                f"{self.processor.image_token_id}): {MEND}"
+            )
         max_length = data.get("max_length") or 4096
         self.samples = [encode(record, self.processor, max_length) for record in records]
         self.prompts = [prompt_of(record, self.processor) for record in records[:GREEDY_RECORDS]]
@@ -71,8 +79,11 @@ class Reference:
 
     def model(self, dtype: torch.dtype) -> Any:
         """The source as a model."""
-        trained = self.source.trained
-        model = load_model(self.source.directory, dtype) if trained else model_of(self.source, dtype)
+        directory = self.source.directory
+        try:
+            model = load_model(directory, dtype) if self.source.trained else model_of(self.source, dtype)
+        except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+            raise UserError(f"{directory} makes no model ({reason_of(error)}): {MEND}") from error
         if dtype == torch.float32 and self.source.ours:
             round_unquantized(model, self.source.qat.modules)
         return model

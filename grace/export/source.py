@@ -10,15 +10,17 @@ from typing import Any
 
 import torch
 
-from grace.checked_files import MEND, damage_of, require_regular, shown
+from grace.checked_files import MEND, damage_of, reading, require_regular, shown
 from grace.checkpoint import QAT_FOLDER, QAT_TENSORS, QatState, is_qat, read_qat_info
 from grace.errors import UserError
 from grace.export import awq, compressed_tensors, mlx, reference_qat
 from grace.export.awq import AWQ_MODULES
-from grace.export.contents import OWN, Modules, Source, require_group_size, require_shapes, surveyed
+from grace.export.contents import OWN, Modules, Source, require_group_size, surveyed
 from grace.export.provenance import provenance
+from grace.export.run_facts import require_facts
 from grace.export.shards import Weights
 from grace.export.stream import TensorFile
+from grace.export.tensor_check import require_shapes
 from grace.models import qwen3vl
 from grace.models.config_check import read_config
 from grace.runtime.generate import require_tokenizer
@@ -82,6 +84,11 @@ def open_source(source: Path) -> Source:
     Raises:
         UserError: anything missing, damaged, inconsistent, or of a kind that is not read.
     """
+    with reading(source):
+        return _opened(source)
+
+
+def _opened(source: Path) -> Source:
     directory = find_model(source)
     require_regular(directory)
     kind = kind_of(directory)
@@ -126,6 +133,7 @@ def reader(kind: str) -> Any:
 def _read_own(directory: Path, config: Mapping[str, Any]) -> Source:
     """A QAT checkpoint: codes and scales as trained, and the weights that they give."""
     info = read_qat_info(directory)
+    require_facts(info, directory)
     bits, group_size = info["bits"], info["group_size"]
     with damage_of(directory, "restore it or train again"):
         file = TensorFile(directory / QAT_FOLDER / QAT_TENSORS)

@@ -4,7 +4,7 @@ A million layers would be built, and a width of 10^12 allocated, before anybody 
 them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,7 @@ def require_possible(stored: Mapping[str, Any], directory: Path) -> None:
         for name, most in limits.items():
             if name in settings and not (type(settings[name]) is int and 1 <= settings[name] <= most):
                 raise _impossible(directory, f"{section}.{name}", settings[name])
+    _require_types(stored, directory)
     vision = stored.get("vision_config", {})
     layers = vision.get("deepstack_visual_indexes", [])
     depth = vision.get("depth", _LIMITS["vision_config"]["depth"])
@@ -64,6 +65,56 @@ def require_possible(stored: Mapping[str, Any], directory: Path) -> None:
         or not all(type(at) is int and 0 <= at < depth for at in layers)
     ):
         raise _impossible(directory, "vision_config.deepstack_visual_indexes", layers)
+
+
+def _require_types(stored: Mapping[str, Any], directory: Path) -> None:
+    """Checks what libraries act on before they look at it: labels that they make up, tokens, positions.
+
+    Raises:
+        UserError: one is impossible.
+    """
+    text = stored.get("text_config", {})
+    vocabulary = text.get("vocab_size", _LIMITS["text_config"]["vocab_size"])
+    for place, settings in (("", stored), *((f"{name}.", stored.get(name, {})) for name in _LIMITS)):
+        for name, fine in _FINE.items():
+            if name in settings and not fine(settings[name]):
+                raise _impossible(directory, f"{place}{name}", settings[name])
+        for name in settings:
+            if name.endswith("_token_id") and not _tokens(settings[name], vocabulary):
+                raise _impossible(directory, f"{place}{name}", settings[name])
+    for name in ("rope_parameters", "rope_scaling"):
+        rope = text.get(name)
+        if rope is not None and not isinstance(rope, Mapping):
+            raise _impossible(directory, f"text_config.{name}", rope)
+        sections = (rope or {}).get("mrope_section", [1, 1, 1])
+        if not isinstance(sections, list) or len(sections) != 3 or not all(map(_count, sections)):
+            raise _impossible(directory, f"text_config.{name}.mrope_section", sections)
+        base = (rope or {}).get("rope_theta", 1.0)
+        if not _positive(base):
+            raise _impossible(directory, f"text_config.{name}.rope_theta", base)
+
+
+def _count(value: Any) -> bool:
+    return type(value) is int and 1 <= value <= 2**16
+
+
+def _positive(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value < 2**63
+
+
+def _tokens(value: Any, vocabulary: int) -> bool:
+    """Whether this is a token, some, or none; -1 stands for none."""
+    many = value if isinstance(value, list) else [] if value is None else [value]
+    return all(type(token) is int and -1 <= token < vocabulary for token in many)
+
+
+_FINE: dict[str, Callable[[Any], bool]] = {
+    "num_labels": _count,
+    "id2label": lambda value: value is None or isinstance(value, Mapping),
+    "model_type": lambda value: isinstance(value, str),
+    "rope_theta": _positive,
+    "rms_norm_eps": _positive,
+}
 
 
 def _impossible(directory: Path, name: str, value: Any) -> UserError:

@@ -67,12 +67,19 @@ def load_processor(
         raise UserError(
             f"cannot load a Qwen3-VL processor from {name} ({reason_of(error)}): give a Qwen3-VL directory"
         ) from error
-    kind = stored.get("image_processor_type", "Qwen2VLImageProcessor")
+    kind = str(stored.get("image_processor_type", "Qwen2VLImageProcessor"))
     absent = [token for token in STRUCTURE_TOKENS if token not in tokenizer.get_vocab()]
     if not kind.startswith(("Qwen2VL", "Qwen3VL")) or absent:
-        what = f"its tokenizer has no {absent[0]}" if absent else f"its image processor is a {kind}"
+        what = (
+            f"its tokenizer has no {absent[0]}" if absent else f"its image processor is a {shown(kind)[1:-1]}"
+        )
         raise UserError(f"{name} is not a Qwen3-VL directory ({what}): give one that is")
     _require_possible(image_processor, name)
+    if type(tokenizer.model_max_length) not in (int, float):
+        raise UserError(
+            f"the tokenizer in {name} is impossible (model_max_length is {shown(tokenizer.model_max_length)}): "
+            "restore it"
+        )
     image_processor.size = _pixel_budget(image_processor, min_pixels, max_pixels)
     return Qwen3VLProcessor(image_processor, tokenizer, chat_template=chat_template)
 
@@ -89,6 +96,11 @@ def _require_possible(image_processor: Any, name: str) -> None:
     for setting in ("image_mean", "image_std"):
         values[setting] = getattr(image_processor, setting, None)
         good[setting] = _three_numbers(values[setting])
+    for setting in ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"):
+        values[setting] = getattr(image_processor, setting, None)
+        good[setting] = values[setting] is None or isinstance(values[setting], bool)
+    values["rescale_factor"] = getattr(image_processor, "rescale_factor", None)
+    good["rescale_factor"] = type(values["rescale_factor"]) in (int, float)
     bad = next((key for key, fine in good.items() if not fine), None)
     if bad is not None:
         raise UserError(

@@ -19,7 +19,7 @@ from rich.table import Table
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from grace.checked_files import INDEX, WEIGHTS, read_json
+from grace.checked_files import INDEX, WEIGHTS, read_json, reading, shown
 from grace.checkpoint import read_qat
 from grace.errors import UserError
 from grace.kernels import registry
@@ -29,6 +29,8 @@ from grace.quant.grid import dequantize
 from grace.runtime.loading import checkpoint_kind, packed_block
 
 NO_LATENTS = "no fp32 latents in this directory"
+# How the block of an AWQ config names bits and group size, and how AutoAWQ named them before.
+_BLOCK_NAMES = (("bits", "w_bit"), ("group_size", "q_group_size"))
 _BARS = " ▁▂▃▄▅▆▇█"
 
 
@@ -61,7 +63,8 @@ def inspect_checkpoint(directory: str | Path) -> dict[str, Any]:
         UserError: nothing quantized there, or damaged files.
     """
     directory = Path(directory)
-    kind = checkpoint_kind(directory)
+    with reading(directory):
+        kind = checkpoint_kind(directory)
     if kind == "plain":
         raise UserError(f"{directory} holds no quantized weights: give an AWQ or QAT directory")
     if kind == "qat" or (directory / WEIGHTS).exists() or (directory / INDEX).exists():
@@ -124,14 +127,17 @@ def _qat_layers(directory: Path) -> Iterator[_Layer]:
 def _read_with_latents(directory: Path) -> Any:
     """The QAT state, with latents where they are stored (they may be left out of a published copy)."""
     with safe_open(directory / "grace_qat" / "state.safetensors", framework="pt") as file:
-        has_latents = any(name.endswith(".latent") for name in file.keys())  # noqa: SIM118
+        suffixes = {name.rpartition(".")[2] for name in file.keys()}  # noqa: SIM118
+        has_latents = {"latent", "theta"} <= suffixes  # a part of them is of no use
     return read_qat(directory, latents=has_latents)
 
 
 def _awq_layers(directory: Path) -> Iterator[_Layer]:
     whole = read_json(directory / "config.json")
     config = whole.get("quantization_config") or packed_block(whole, directory)
-    bits, group_size = int(config["bits"]), int(config["group_size"])
+    bits, group_size = (config.get(name, config.get(old)) for name, old in _BLOCK_NAMES)
+    if type(bits) is not int or bits != 4 or type(group_size) is not int or group_size < 1:
+        raise ValueError(f"{shown(bits)} bits in groups of {shown(group_size)}")
     for path in sorted(directory.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
             names = set(file.keys())
@@ -149,6 +155,8 @@ def _awq_layer(
         raise ValueError(
             f"{name}: qweight {tuple(qweight.shape)} and scales {tuple(scales.shape)} do not fit"
         )
+    if not bool(scales.isfinite().all()):  # NaN is no JSON either
+        raise ValueError(f"{name}: scales hold NaN or infinite values")
     stored = qweight.nbytes + qzeros.nbytes + scales.nbytes
     return _Layer(name, bits, group_size, codes_OI, scales.t().float(), stored, None)
 
@@ -177,6 +185,8 @@ def _snr_db(layer: _Layer) -> tuple[float | None, str | None]:
         return None, NO_LATENTS
     rounded_OI = dequantize(layer.codes_OI, layer.scales_OG.bfloat16(), layer.group_size)
     signal = layer.latent_OI.double().square().sum().item()
+    if not math.isfinite(signal):
+        return None, "latents hold NaN or infinite values"
     noise = (layer.latent_OI.double() - rounded_OI.double()).square().sum().item()
     if noise == 0 or signal == 0:
         return None, "weights lie on the grid" if noise == 0 else "weights are all zero"

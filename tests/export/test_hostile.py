@@ -4,6 +4,7 @@ The fuzz corpus changes real files (headers above all) at random, the same way o
 by default, 10,000 in the slow test.
 """
 
+import errno
 import io
 import json
 import os
@@ -14,6 +15,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Iterator
@@ -25,13 +27,17 @@ from foreign_checkpoints import (  # pyright: ignore[reportMissingImports] - tes
     write_awq,
     write_reference_qat,
 )
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from grace.checked_files import DamagedFile, parse_json, safetensors_header
 from grace.checkpoint import read_qat
 from grace.errors import UserError
 from grace.export.checked_gguf import gguf_header
-from grace.export.pack import export_run
+from grace.export.pack import export_run, given_records
+from grace.export.provenance import provenance
+from grace.export.push import open_upload
+from grace.export.quantize import quantize_model
 from grace.export.source import open_source
 from grace.export.torch_archive import TorchFile
 from grace.files import sha256_of
@@ -119,6 +125,23 @@ CONFIGS = {
         {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Evil", "AutoModel": "evil.Evil"}},
         "an? evil model",
     ),
+    "a billion labels": ({"num_labels": 10**9}, "num_labels"),
+    "a billion labels of text": ({"text_config__num_labels": 10**9}, "text_config.num_labels"),
+    "a billion labels of pictures": ({"vision_config__num_labels": 10**9}, "vision_config.num_labels"),
+    "labels that are none": ({"id2label": 10**9}, "id2label"),
+    "a tower of no type": ({"vision_config__model_type": []}, "vision_config.model_type"),
+    "turned by nothing": ({"text_config__rope_theta": 0}, "rope_theta"),
+    "turned backwards": ({"text_config__rope_parameters": {"rope_theta": -1}}, "rope_theta"),
+    "turned by a word": ({"text_config__rope_scaling": "mrope"}, "rope_scaling"),
+    **{
+        f"positions of {sections}": (
+            {"text_config__rope_scaling": {"mrope_section": sections}},
+            "mrope_section",
+        )
+        for sections in (None, [], {}, 24, "24")
+    },
+    "a picture token beyond all": ({"image_token_id": 10**9}, "image_token_id"),
+    "an end in words": ({"text_config__eos_token_id": "x"}, "eos_token_id"),
     "no model type": ({"model_type": ["qwen3_vl"]}, "model of unknown type"),
 }
 
@@ -135,6 +158,59 @@ def test_a_config_that_cannot_be(directories, tmp_path: Path, kind: str, case: s
     assert re.search(message, said), said
     if kind == "plain" and case != "fewer layers":  # what training does not ask for it leaves aside
         one_line(qwen3vl.load_model, str(directory))
+
+
+def test_another_token_for_pictures(directories, tmp_path: Path):
+    directory = copied(directories["mlx"], tmp_path / "m")
+    config_with(directory, image_token_id=0)
+    refused(directory, tmp_path, "image_token_id is 0, its tokenizer has", "mlx")
+
+
+BLOCKS = {
+    "awq": ({"bits": 4.0}, {"bits": True}, {"group_size": 0}, {"group_size": 128.0}),
+    "mlx": ({"bits": 4.0}, {"bits": [4]}, {"group_size": 128.0}),
+    "compressed-tensors": ({"num_bits": 4.0}, {"num_bits": [4]}, {"group_size": "128"}),
+}
+
+
+@pytest.mark.parametrize(("kind", "changes"), [(kind, one) for kind, all in BLOCKS.items() for one in all])
+def test_bits_and_groups_that_are_no_whole_numbers(directories, tmp_path: Path, kind: str, changes: dict):
+    directory = copied(directories[kind], tmp_path / "m")
+    config = json.loads((directory / "config.json").read_text())
+    block = config["quantization" if kind == "mlx" else "quantization_config"]
+    if kind == "compressed-tensors":
+        (block,) = (group["weights"] for group in block["config_groups"].values())
+    block |= changes
+    config_with(directory, **{key: config[key] for key in config if key.startswith("quantization")})
+    if kind == "awq":
+        (directory / "awq_quantized_modules.json").unlink(missing_ok=True)
+        one_line(inspect_checkpoint, directory)
+    refused(directory, tmp_path, "AWQ with|is MLX with|another compressed|a group size", "mlx")
+
+
+FACTS = [
+    {"sections": "Training"}, {"sections": [1]}, {"recipe": {"data": {"path": 7}}}, {"recipe": {"data": []}},
+    {"recipe": {"student": "x"}}, {"recipe": {"teacher": {"path": {}}}}, {"recipe": {"optim": [1]}},
+    {"recipe": {"data": {"path": "x.json", "validation_path": 3}}}, {"recipe": {"data": {"max_length": "x"}}},
+    {"recipe": {"data": {"path": "x.json", "skip": 3}}}, {"base_model": {}}, {"metrics": [1]},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("facts", FACTS)
+def test_a_history_that_cannot_be(directories, tmp_path: Path, facts: dict):
+    directory = copied(directories["qat"], tmp_path / "m")
+    path = directory / "grace_qat" / "info.json"
+    replace(path, json.dumps({**json.loads(path.read_text()), **facts}))
+    for format in ("qat", "mlx"):
+        refused(directory, tmp_path, "in info.json is", format)
+
+
+def test_a_card_that_begins_with_a_section(directories, tmp_path: Path):
+    directory = copied(directories["mlx"], tmp_path / "m")
+    replace(directory / "README.md", "## Training\n\nx\n\n# a, GRACE W4G128\n")
+    assert provenance(directory)["sections"] == ["## Training\n\nx\n\n# a, GRACE W4G128"]
+    replace(directory / "README.md", "## \n# a, GRACE W4G128\n")
+    assert provenance(directory)["sections"] == []
 
 
 @pytest.mark.parametrize(
@@ -167,6 +243,10 @@ PROCESSORS = {
     "a large patch": ({"patch_size": 10**9}, "patch_size"),
     "no mean": ({"image_mean": ["a", 0, 0]}, "image_mean"),
     "merged by nothing": ({"merge_size": 0}, "merge_size"),
+    "of no type": ({"image_processor_type": None}, "its image processor is a None"),
+    "of types": ({"image_processor_type": {}}, "its image processor is a"),
+    "resized by a table": ({"do_resize": {}}, "do_resize"),
+    "scaled by words": ({"rescale_factor": "x"}, "rescale_factor"),
 }
 
 
@@ -179,6 +259,18 @@ def test_an_image_processor_that_cannot_be(directories, tmp_path: Path, case: st
     replace(directory / "processor_config.json", json.dumps(stored))
     assert message in one_line(load, directory)
     refused(directory, tmp_path, message)
+
+
+@pytest.mark.parametrize("length", ["x", [1], True])
+def test_a_tokenizer_of_no_length(directories, tmp_path: Path, length: object):
+    directory = copied(directories["awq"], tmp_path / "m")
+    stored = json.loads((directory / "tokenizer_config.json").read_text())
+    replace(directory / "tokenizer_config.json", json.dumps({**stored, "model_max_length": length}))
+    refused(directory, tmp_path, "model_max_length|cannot load a Qwen3-VL processor", "mlx")
+
+
+def test_parity_data_that_does_not_end():
+    assert "no regular file" in one_line(given_records, Path("/dev/zero"))
 
 
 @pytest.mark.parametrize("ends", ["x", [7, "x"], -1, 10**9, [[1]], 1.5])
@@ -218,6 +310,44 @@ def test_a_gigabyte_of_config(directories, tmp_path: Path):
         file.truncate(2**30)
     refused(directory, tmp_path, "more than")
     one_line(load, directory)
+
+
+def test_an_export_into_its_own_source(directories, tmp_path: Path):
+    directory = copied(directories["qat"], tmp_path / "m")
+    out = directory / "grace_qat" / "sub"
+    assert "a part of the checkpoint" in one_line(export_run, directory, out, ("qat",))
+    assert not out.exists()
+
+
+def test_a_directory_that_one_may_not_look_into(directories, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Root may look anywhere, so that the refusal is made up."""
+
+    def refuse(path: Path) -> bool:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(Path, "is_dir", refuse)
+    for call in (
+        lambda: export_run(directories["awq"], tmp_path / "out"),
+        lambda: quantize_model(directories["plain"], tmp_path / "out"),
+        lambda: inspect_checkpoint(directories["awq"]),
+        lambda: open_upload(directories["awq"]),
+    ):
+        assert "cannot be read ([Errno 13] Permission denied" in one_line(call)
+
+
+@pytest.mark.parametrize("fault", ["no folder", "no room"])
+def test_no_room_for_temporary_files(
+    directories, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+):
+    def full(*arguments: object, **options: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    if fault == "no folder":
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
+    else:
+        monkeypatch.setattr(Image.Image, "save", full)
+    directory = copied(directories["mlx"], tmp_path / "m")
+    refused(directory, tmp_path, "cannot write temporary files .*set TMPDIR", "mlx")
 
 
 # ---------------------------------------------------------------- weights
@@ -272,7 +402,21 @@ def test_dense_weights_that_are_no_numbers(directories, tmp_path: Path, kind: st
     tensors["model.language_model.norm.weight"][0] = float("nan")
     (directory / "model.safetensors").unlink()
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    refused(directory, tmp_path, "NaN or infinite", "mlx")
+    for format in ("mlx",) if kind == "foreign" else ("mlx", "qat"):  # QAT holds no zero points
+        refused(directory, tmp_path, "NaN or infinite", format)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.bool])
+@pytest.mark.parametrize("kind", ["awq", "compressed-tensors", "mlx", "qat"])
+def test_dense_weights_that_are_integers(directories, tmp_path: Path, kind: str, dtype: torch.dtype):
+    directory = copied(directories[kind], tmp_path / "m")
+    tensors = load_file(directory / "model.safetensors")
+    name = next(name for name in sorted(tensors) if name.endswith("patch_embed.proj.bias"))
+    tensors[name] = tensors[name].to(dtype)
+    (directory / "model.safetensors").unlink()
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    for format in ("awq", "compressed-tensors", "gguf", "mlx", "qat"):
+        refused(directory, tmp_path, "no weights", format)
 
 
 @pytest.mark.parametrize("kind", ["awq", "compressed-tensors", "mlx", "gguf", "qat", "refqat", "foreign"])

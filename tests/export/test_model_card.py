@@ -112,6 +112,8 @@ def test_results_of_an_evaluation_reach_the_export(qat_run: Path, tmp_path: Path
         '{"tasks": []}',
         '{"tasks": {"a": {}}}',
         '{"tasks": {"a": {"score": NaN}}}',
+        '{"tasks": {"a": {"score": 1' + "0" * 400 + "}}}",
+        "[" * 100_000,
     ],
 )
 def test_files_without_scores(tmp_path: Path, content: str):

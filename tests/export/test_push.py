@@ -1,6 +1,7 @@
 """`grace push` against a Hub of our own on this machine, and all that it refuses before it asks any."""
 
 import base64
+import hashlib
 import json
 import os
 import shutil
@@ -212,6 +213,13 @@ def edit(path: Path, old: str, new: str) -> None:
     path.write_text(text.replace(old, new, 1))
 
 
+def resign(out: Path, **changes: Any) -> None:
+    record = json.loads((out / RECORD).read_text()) | changes
+    del record["sha256"]
+    text = json.dumps(record, sort_keys=True)
+    (out / RECORD).write_text(json.dumps({**record, "sha256": hashlib.sha256(text.encode()).hexdigest()}))
+
+
 def flip(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
@@ -228,6 +236,15 @@ def flip(path: Path) -> None:
         (lambda out: edit(out / RECORD, '"bits": 4', '"bits": 8'), "it was edited"),
         (lambda out: edit(out / RECORD, "{", ""), "damaged"),
         (lambda out: (out / RECORD).write_text("[]"), "damaged"),
+        (lambda out: (out / RECORD).write_text("[" * 100_000), "damaged"),
+        (lambda out: resign(out, bits=None), "bits is 'None'"),
+        (lambda out: resign(out, format=None), "format is 'None'"),
+        (lambda out: resign(out, files={"x" * 5000: {"bytes": 1, "sha256": "0"}}), "cannot be read"),
+        (lambda out: (out / "README.md").write_text(""), "no front matter"),
+        (
+            lambda out: (out / "README.md").write_text(f"---\na: {'[' * 5000}{']' * 5000}\n---\n"),
+            "no model card",
+        ),
         (lambda out: (out / RECORD).write_bytes(b"\xff"), "damaged"),
         (lambda out: (out / "adapter.bin").write_bytes(b"x"), "adapter.bin came after the parity gate"),
         (lambda out: (out / "key.txt").symlink_to("/etc/passwd"), "key.txt is a link"),

@@ -134,12 +134,23 @@ def test_again_the_same_bytes_and_through_the_qat_directory_too(
         (lambda model: (model / "tokenizer.json").unlink(), "tokenizer.json"),
         (lambda model: (model / "model.safetensors").unlink(), "damaged"),
         (lambda model: (model / "model.safetensors").write_bytes(b"x" * 100), "damaged"),
-        (lambda model: change(model, "q_proj.weight", lambda t: None), "disagree on .*q_proj"),
-        (lambda model: change(model, "up_proj.weight", lambda t: t[:-8]), "disagree on .*up_proj"),
+        (lambda model: change(model, "q_proj.weight", lambda t: None), "q_proj.weight is missing"),
+        (
+            lambda model: change(model, "up_proj.weight", lambda t: t[:-8]),
+            "up_proj.weight is .*its config.json says",
+        ),
         (
             lambda model: change(model, "k_proj.weight", lambda t: t * torch.nan),
             "k_proj cannot be rounded.*NaN",
         ),
+        (lambda model: change(model, "norm.weight", lambda t: t.int()), "norm.weight is int32"),
+        (lambda model: change(model, "patch_embed.proj.bias", lambda t: t > 0), "proj.bias is bool"),
+        (
+            lambda model: change(model, "language_model.norm.weight", lambda t: t * 0 + 3.4e38),
+            "norm.weight holds values too large for bfloat16",
+        ),
+        (lambda model: change(model, "norm.weight", lambda t: t, "model.extra.weight"), "does not have"),
+        (lambda model: tied_inside_alone(model), "tie_word_embeddings inside text_config alone"),
         (lambda model: (model / "grace_qat").mkdir(), "use `grace export`"),
         (lambda model: (model / "x.gguf").touch(), "quantized already"),
     ],
@@ -156,10 +167,19 @@ def test_unusable_models_give_one_line_and_nothing_else(
     assert {path.name for path in tmp_path.iterdir()} == {"model"}
 
 
-def change(model: Path, ending: str, how) -> None:
+def tied_inside_alone(model: Path) -> None:
+    config = json.loads((model / "config.json").read_text())
+    tied = config.pop("tie_word_embeddings")
+    config["text_config"]["tie_word_embeddings"] = tied
+    (model / "config.json").write_text(json.dumps(config))
+
+
+def change(model: Path, ending: str, how, more: str | None = None) -> None:
     tensors = load_file(model / "model.safetensors")
     name = next(name for name in sorted(tensors) if name.endswith(ending))
     changed = how(tensors.pop(name))
+    if more is not None:
+        tensors[more] = torch.zeros(3)
     if changed is not None:
         tensors[name] = changed.contiguous()
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})

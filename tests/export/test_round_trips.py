@@ -13,6 +13,7 @@ from small_qat_run import write_qat_run  # pyright: ignore[reportMissingImports]
 from grace.checkpoint import read_qat
 from grace.errors import UserError
 from grace.export.pack import export_run
+from grace.export.quantize import quantize_model
 from grace.export.record import RECORD
 from grace.export.source import kind_of, open_source
 
@@ -78,6 +79,22 @@ def test_a_qat_checkpoint_made_from_an_export(direct: Path, qat_run: Path, tmp_p
     export_run(tmp_path / "qat", tmp_path / "again", ("mlx",))
     for path in (tmp_path / "again").glob("*.safetensors"):
         assert path.read_bytes() == (direct / "mlx" / path.name).read_bytes()
+
+
+@pytest.mark.parametrize("written_null", [False, True])
+def test_a_model_without_a_history_through_a_qat_checkpoint(
+    tiny_student_dir: Path, tmp_path: Path, written_null: bool
+):
+    """Its card says nothing of training, and what is not known is not asked for; older writers wrote null."""
+    quantize_model(tiny_student_dir, tmp_path / "awq")
+    export_run(tmp_path / "awq", tmp_path / "qat", ("qat",))
+    path = tmp_path / "qat" / "grace_qat" / "info.json"
+    info = json.loads(path.read_text())
+    assert None not in info.values()
+    if written_null:
+        path.write_text(json.dumps({**info, "sections": None, "base_model": None, "license": None}))
+    export_run(tmp_path / "qat", tmp_path / "mlx", ("mlx",))
+    assert "Converted from a QAT checkpoint" in (tmp_path / "mlx" / "README.md").read_text()
 
 
 def test_shards_are_read_like_one_file(direct: Path, tmp_path: Path):

@@ -101,6 +101,9 @@ def test_the_command_prints_a_table_or_json(qat_run: Path, awq_dir: Path, capsys
         (lambda path: (path / "model.safetensors").write_bytes(b"x" * 99), "damaged"),
         (lambda path: (path / "model.safetensors").unlink(), "no quantized layers"),
         (lambda path: drop(path, "scales"), "damaged"),
+        (lambda path: drop(path, "scales", float("nan")), "scales hold NaN"),
+        (lambda path: edit_block(path, group_size=0), "groups of '0'"),
+        (lambda path: edit_block(path, bits=4.0), "'4.0' bits"),
     ],
 )
 def test_what_cannot_be_inspected(awq_dir: Path, tmp_path: Path, damage, message: str):
@@ -111,9 +114,44 @@ def test_what_cannot_be_inspected(awq_dir: Path, tmp_path: Path, damage, message
     assert "\n" not in str(caught.value)
 
 
-def drop(path: Path, suffix: str) -> None:
+def edit_block(path: Path, **changes: object) -> None:
+    config = json.loads((path / "config.json").read_text())
+    block = config["quantization_config"]
+    config["quantization_config"] = {
+        key: value for key, value in {**block, **changes}.items() if value != "gone"
+    }
+    (path / "config.json").write_text(json.dumps(config))
+
+
+def test_the_older_names_of_bits_and_groups(awq_dir: Path, tmp_path: Path):
+    shutil.copytree(awq_dir, tmp_path / "awq")
+    edit_block(tmp_path / "awq", bits="gone", group_size="gone", w_bit=4, q_group_size=128)
+    assert inspect_checkpoint(tmp_path / "awq")["layers"] == inspect_checkpoint(awq_dir)["layers"]
+
+
+def test_latents_that_are_no_numbers_or_not_whole(qat_run: Path, tmp_path: Path):
+    shutil.copytree(qat_run / "model", tmp_path / "m")
+    file, info = (tmp_path / "m" / "grace_qat" / name for name in ("state.safetensors", "info.json"))
+    tensors = load_file(file)
+    for name in list(tensors):
+        if name.endswith(".latent"):
+            tensors[name][0, 0] = float("nan")
+    for left_out, reason in ((".nothing", "NaN or infinite"), (".theta", "no fp32 latents")):
+        save_file({name: t for name, t in tensors.items() if not name.endswith(left_out)}, file)
+        info.write_text(json.dumps({**json.loads(info.read_text()), "state_sha256": sha256_of(file)}))
+        report = inspect_checkpoint(tmp_path / "m")
+        assert all(reason in layer["snr_reason"] for layer in report["layers"])
+        json.dumps(report, allow_nan=False)
+
+
+def drop(path: Path, suffix: str, value: float | None = None) -> None:
+    """Leaves a tensor out, or fills it with a value instead."""
     tensors = load_file(path / "model.safetensors")
-    del tensors[next(name for name in sorted(tensors) if name.endswith(suffix))]
+    name = next(name for name in sorted(tensors) if name.endswith(suffix))
+    if value is None:
+        del tensors[name]
+    else:
+        tensors[name].fill_(value)
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
 
 
