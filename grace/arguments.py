@@ -62,9 +62,14 @@ def add_teacher_cache(parser: Parser) -> None:
     add_json(parser)
 
 
+def is_utf8(value: str) -> bool:
+    """Whether an argument or variable was; Python keeps bytes that were not as halves of surrogate pairs."""
+    return value == value.encode(errors="replace").decode()
+
+
 def text(value: str) -> str:
     """For `type=`: a text, which bytes of another encoding are not."""
-    if value != value.encode(errors="replace").decode():  # half of a surrogate pair: undecoded bytes
+    if not is_utf8(value):
         raise argparse.ArgumentTypeError("it is not UTF-8")
     return value
 

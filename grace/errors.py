@@ -94,11 +94,11 @@ def _output_fault() -> int | None:
         watched.register(sys.stdout.fileno(), 0)
         if not any(event & select.POLLERR for _, event in watched.poll(0)):
             return None
-        code = 128 + signal.SIGPIPE  # as a shell has it
+        raise BrokenPipeError
     except io.UnsupportedOperation:  # no file, as in a test
         return None
     except BrokenPipeError:
-        code = 128 + signal.SIGPIPE
+        code = 128 + signal.SIGPIPE  # as a shell has it
     except OSError as error:
         print(f"error: standard output cannot be written ({error.strerror})", file=sys.stderr)
         code = 2

@@ -155,6 +155,10 @@ def test_failed_save_leaves_no_trace(tmp_path: Path) -> None:
     assert os.listdir(tmp_path / "checkpoints") == ["step-000001"]
 
 
+def replaced(old: str, new: str) -> Callable[[Path], object]:
+    return lambda path: path.write_text(path.read_text().replace(old, new))
+
+
 DAMAGE: dict[str, tuple[str, Callable[[Path], object]]] = {
     "truncated tensors": ("trainable.safetensors", truncated),
     "one bit of a tensor": ("optimizer.safetensors", one_bit),
@@ -166,22 +170,10 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], object]]] = {
     "list for a state": ("state.json", lambda path: path.write_text("[]")),
     "null for a state": ("state.json", lambda path: path.write_text("null")),
     "state without its keys": ("state.json", lambda path: path.write_text("{}")),
-    "another value": (
-        "state.json",
-        lambda path: path.write_text(path.read_text().replace('"beta": 0.', '"beta": 1.')),
-    ),
-    "another step": (
-        "state.json",
-        lambda path: path.write_text(path.read_text().replace('"step": ', '"step": 1')),
-    ),
-    "a key with one bit flipped": (
-        "state.json",
-        lambda path: path.write_text(path.read_text().replace('"state"', '"sdate"')),
-    ),
-    "no checksum of itself": (
-        "state.json",
-        lambda path: path.write_text(path.read_text().replace('"sha256"', '"sha257"')),
-    ),
+    "another value": ("state.json", replaced('"beta": 0.', '"beta": 1.')),
+    "another step": ("state.json", replaced('"step": ', '"step": 1')),
+    "a key with one bit flipped": ("state.json", replaced('"state"', '"sdate"')),
+    "no checksum of itself": ("state.json", replaced('"sha256"', '"sha257"')),
     "of an earlier kind, of another step": (
         "state.json",
         lambda path: path.write_text('{"format_version": 1, "step": 7, "xxh3": {}, "state": {}}'),

@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from grace.checked_files import reason_of
 from grace.errors import UserError
 
 SPLITS = ("train", "dev", "val", "validation", "test", "image", "non_image")
@@ -151,8 +152,7 @@ def readable(origin: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UserError(f"{origin} cannot be read ({reason}): download it again") from error
+        raise UserError(f"{origin} cannot be read ({reason_of(error)}): download it again") from error
 
 
 # ---------------------------------------------------------------- opening
@@ -187,9 +187,8 @@ def open_hub(repo: str, revision: str, split: str, config: str | None) -> Table:
     try:
         dataset = datasets.load_dataset(repo, config, split=split, revision=revision)
     except Exception as error:  # network, names and formats have a dozen types
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(
-            f"{repo} cannot be loaded from the Hub ({reason}): go online, or give a local copy with --data NAME=PATH"
+            f"{repo} cannot be loaded from the Hub ({reason_of(error)}): go online, or give a local copy with --data NAME=PATH"
         ) from error
     return DatasetTable(f"{repo} ({split})", Path.cwd(), dataset)
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from grace.checked_files import reading
 from grace.checkpoint import QAT_FOLDER
 from grace.data.audit_list import list_path, read_list
 from grace.data.faults import Policies
@@ -42,7 +41,7 @@ def run_export(args: argparse.Namespace) -> int:
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    records = given_records(args.parity_data)
+    records = load_records(Path(args.parity_data)) if args.parity_data else None
     card = card_inputs(args.base_model, args.results)
     report = export_run(
         Path(args.run),
@@ -57,21 +56,6 @@ def run_export(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(report))
     return 0
-
-
-def given_records(given: str | Path | None) -> Sequence[Record] | None:
-    """The records of `--parity-data`.
-
-    Raises:
-        UserError: they cannot be read; a device or a pipe is not, for it need not end.
-    """
-    if given is None:
-        return None
-    path = Path(given)
-    with reading(path):
-        if path.exists() and not path.is_file() and not path.is_dir():
-            raise UserError(f"{path} is no regular file: give --parity-data a file of records")
-    return load_records(path)
 
 
 def export_run(

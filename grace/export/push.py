@@ -21,7 +21,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 
-from grace.checked_files import read_text, reading
+from grace.checked_files import read_text, reading, reason_of
 from grace.errors import UserError
 from grace.export.record import CARD, files_of, read_record
 
@@ -72,7 +72,7 @@ def require_repo_id(repo: str) -> None:
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
-        raise UserError(f"{repo!r} is no repository: give OWNER/NAME ({_first_line(error)})") from error
+        raise UserError(f"{repo!r} is no repository: give OWNER/NAME ({reason_of(error)})") from error
     if repo.count("/") != 1:
         raise UserError(f"{repo!r} is no repository: give OWNER/NAME")
 
@@ -107,7 +107,7 @@ def require_card(path: Path) -> None:
             raise ValueError("it has no front matter")
         data = ModelCard(text).data.to_dict()
     except (OSError, ValueError, TypeError, AttributeError, RecursionError, yaml.YAMLError) as error:
-        raise UserError(f"{path} is no model card ({_first_line(error)}): export again") from error
+        raise UserError(f"{path} is no model card ({reason_of(error)}): export again") from error
     faults = [f"{field} is missing" for field in ("license", "library_name", "tags") if not data.get(field)]
     if data.get("pipeline_tag") != PIPELINE:
         faults.append(f"pipeline_tag is not {PIPELINE}")
@@ -164,7 +164,7 @@ def push(upload: Upload, repo: str, revision: str | None, public: bool, message:
         ]
         done = api.create_commit(repo, operations, commit_message=message, revision=revision)
     except (OSError, ValueError, RuntimeError, HTTPError) as error:  # a refused card is a ValueError
-        raise UserError(f"nothing was pushed to {repo}: {_first_line(error)}") from error
+        raise UserError(f"nothing was pushed to {repo}: {reason_of(error)}") from error
     return {"url": str(done.commit_url), "commit": done.oid}
 
 
@@ -185,7 +185,3 @@ def _show(upload: Upload, repo: str, revision: str | None, public: bool, dry_run
 
 def _hidden(name: str) -> bool:
     return any(part.startswith(".") for part in name.split("/"))
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), "") or type(error).__name__

@@ -19,13 +19,13 @@ from torch import Tensor
 
 from grace.checked_files import damage_of, reading, require_regular
 from grace.checkpoint import QatState, QuantizedWeight, is_qat
-from grace.data.records import Record
+from grace.data.records import Record, load_records
 from grace.errors import UserError
 from grace.export.awq import AWQ_MODULES
 from grace.export.card_inputs import NOTHING, CardInputs, card_inputs
 from grace.export.contents import PACKING_KEYS, ROUNDED, Modules, Source
 from grace.export.fit import BITS, fitted, require_bits
-from grace.export.pack import given_records, publish, writer
+from grace.export.pack import publish, writer
 from grace.export.progress import progress
 from grace.export.reference import Reference
 from grace.export.shards import Weights
@@ -50,7 +50,7 @@ def run_quantize(args: argparse.Namespace) -> int:
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    records = given_records(args.parity_data)
+    records = load_records(Path(args.parity_data)) if args.parity_data else None
     report = quantize_model(
         Path(args.model),
         Path(args.out),

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from grace.checked_files import reason_of
 from grace.data.records import IMAGE_MARK, Turn
 from grace.data.template import Sample, encode_prompt
 from grace.errors import UserError
@@ -150,15 +151,18 @@ class Engine:
 
     def has_room(self, sample: Sample, sampling: Sampling) -> bool:
         """Whether `make_room` would leave the context as it is."""
-        wanted = min(len(sample.input_ids_L) + sampling.max_new_tokens, self.decoder.parts.max_context)
-        return not self._grows or wanted <= self.decoder.context
+        wanted = self._context_for(len(sample.input_ids_L) + sampling.max_new_tokens)
+        return wanted <= self.decoder.context
 
     def make_room(self, tokens: int) -> None:
         """Lets the context grow to `tokens`, where it was not fixed and as far as the model goes. Empties all rows."""
-        steps = -(-tokens // CONTEXT_STEP)
-        wanted = min(steps * CONTEXT_STEP, self.decoder.parts.max_context)
-        if self._grows and wanted > self.decoder.context:
+        if (wanted := self._context_for(tokens)) > self.decoder.context:
             self.decoder.resize(context=wanted)
+
+    def _context_for(self, tokens: int) -> int:
+        if not self._grows:
+            return self.decoder.context
+        return min(-(-tokens // CONTEXT_STEP) * CONTEXT_STEP, self.decoder.parts.max_context)
 
     def generate(
         self,
@@ -248,9 +252,8 @@ def usable_device(name: str | torch.device) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:  # an assertion where torch was built without it
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(
-            f"--device {name} cannot be used ({reason}): give one that this machine has"
+            f"--device {name} cannot be used ({reason_of(error)}): give one that this machine has"
         ) from error
     return device
 

@@ -32,9 +32,10 @@ from safetensors.torch import load_file, save_file
 
 from grace.checked_files import DamagedFile, parse_json, safetensors_header
 from grace.checkpoint import read_qat
+from grace.data.records import load_records
 from grace.errors import UserError
 from grace.export.checked_gguf import gguf_header
-from grace.export.pack import export_run, given_records
+from grace.export.pack import export_run
 from grace.export.provenance import provenance
 from grace.export.push import open_upload
 from grace.export.quantize import quantize_model
@@ -270,7 +271,7 @@ def test_a_tokenizer_of_no_length(directories, tmp_path: Path, length: object):
 
 
 def test_parity_data_that_does_not_end():
-    assert "no regular file" in one_line(given_records, Path("/dev/zero"))
+    assert "no regular file" in one_line(load_records, Path("/dev/zero"))
 
 
 @pytest.mark.parametrize("ends", ["x", [7, "x"], -1, 10**9, [[1]], 1.5])

@@ -14,6 +14,7 @@ from typing import Any
 
 import uvicorn
 
+from grace.arguments import is_utf8
 from grace.errors import UserError
 from grace.runtime.serve.app import create_app
 from grace.runtime.serve.connection import Connection
@@ -62,9 +63,7 @@ def api_key() -> str | None:
     key = os.environ.get("GRACE_API_KEY")
     if key is not None and not key.strip():
         raise UserError("GRACE_API_KEY is empty: set it to the key that clients send, or unset it")
-    if (
-        key is not None and key != key.encode(errors="replace").decode()
-    ):  # half of a surrogate pair: undecoded bytes
+    if key is not None and not is_utf8(key):
         raise UserError("GRACE_API_KEY is not UTF-8: set it in that encoding")
     return key
 

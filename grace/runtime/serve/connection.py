@@ -75,7 +75,7 @@ class Connection(H11Protocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        if self.conn.their_state is h11.SEND_BODY:
+        if self.conn.their_state is h11.SEND_BODY and not self.transport.is_closing():
             self.loop.call_later(REST_SECONDS, self._give_up, self.cycle)
 
     def _give_up(self, cycle: Any) -> None:
